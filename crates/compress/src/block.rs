@@ -1,0 +1,290 @@
+//! One block under calibration: its working copy, its activations, and what leaves it.
+//!
+//! A method gets a [`BlockJob`], runs the stages it needs over all calibration batches, replaces
+//! weights in the working copy and hands in the quantised layers. It never touches files.
+
+use crate::activations::Activations;
+use crate::grid::{Grid, GridOptions, Matrix, ScaleType, effective_group};
+use crate::plan::LayerPlan;
+use crate::statistics::TokenSample;
+use crate::{Error, Result};
+use nn::{Batch, BlockState, Context, Decoder, Leaf, Name, Overlay, Point, Stage, Taps, Weights};
+use std::collections::BTreeMap;
+use store::packed::QuantizedMatrix;
+use tensor::{Tensor, host};
+
+/// The point where the linears of set `n` of a block read their input (see
+/// [`Decoder::linear_sets`]); stage `n` leaves it.
+pub const INPUT_POINTS: [Point; 4] = [Point::AttnIn, Point::Z, Point::MlpIn, Point::MlpPost];
+
+/// The stage that leaves the input of set `n`.
+pub const INPUT_STAGES: [Stage; 4] = [Stage::Norm1, Stage::Attend, Stage::Project, Stage::Expand];
+
+/// Tokens on which the output error of a layer is reported.
+pub const REPORT_TOKENS: usize = 512;
+
+/// Bins of the error histogram, over errors of -2 to 2 steps of the grid.
+pub const HISTOGRAM_BINS: usize = 40;
+
+/// What a layer was and what quantising it cost.
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct LayerResult {
+    /// Module name.
+    pub module: String,
+    /// Role label, e.g. `query`.
+    pub role: String,
+    /// Block index.
+    pub block: usize,
+    /// `[out, in]`.
+    pub shape: [usize; 2],
+    /// Bits per code.
+    pub bits: u8,
+    /// Weights per scale.
+    pub group_size: usize,
+    /// Bits per weight including scales and zero points.
+    pub bits_per_weight: f64,
+    /// `‖W - Ŵ‖² / ‖W‖²`.
+    pub weight_error: f64,
+    /// `‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖²` on calibration tokens; absent without calibration.
+    pub output_error: Option<f64>,
+    /// How many weights moved by how many steps of the grid: [`HISTOGRAM_BINS`] bins over [-2, 2].
+    pub histogram: Vec<u64>,
+    /// What the method has to say: loss, damping, chosen exponent, ...
+    pub details: BTreeMap<String, serde_json::Value>,
+}
+
+/// The calibration windows: `[windows, length]` token ids and how they are cut into batches.
+#[derive(Debug, Clone)]
+pub struct Calibration {
+    tokens: Vec<u32>,
+    length: usize,
+    per_batch: usize,
+}
+
+/// Tokens that are computed together.
+const BATCH_TOKENS: usize = 2048;
+
+impl Calibration {
+    /// Windows of `length` tokens, end to end.
+    pub fn new(tokens: Vec<u32>, length: usize) -> Result<Self> {
+        if length < 2 || tokens.is_empty() || !tokens.len().is_multiple_of(length) {
+            return Err(Error::Options(format!(
+                "{} tokens are not whole calibration windows of {length}",
+                tokens.len()
+            )));
+        }
+        Ok(Self { tokens, length, per_batch: (BATCH_TOKENS / length).max(1) })
+    }
+
+    /// No calibration at all.
+    pub fn none() -> Self {
+        Self { tokens: Vec::new(), length: 2, per_batch: 1 }
+    }
+
+    /// Tokens in all.
+    pub fn tokens(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// All token ids.
+    pub fn ids(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Tokens per window.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// Number of windows.
+    pub fn windows(&self) -> usize {
+        self.tokens.len() / self.length
+    }
+
+    /// Number of batches.
+    pub fn batches(&self) -> usize {
+        self.windows().div_ceil(self.per_batch)
+    }
+
+    /// Token ids and geometry of batch `index`.
+    pub fn batch(&self, index: usize) -> (&[u32], Batch) {
+        let size = self.per_batch * self.length;
+        let start = (index * size).min(self.tokens.len());
+        let tokens = &self.tokens[start..(start + size).min(self.tokens.len())];
+        (tokens, Batch::new(tokens.len() / self.length, self.length))
+    }
+}
+
+/// One block being compressed.
+pub struct BlockJob<'a> {
+    /// The network.
+    pub decoder: &'a Decoder,
+    /// Index of the block.
+    pub index: usize,
+    /// What is to be done with its linears, by set.
+    pub sets: &'a [Vec<LayerPlan>],
+    /// The working copy: f32 weights of this block.
+    pub weights: Overlay<'a>,
+    /// The calibration windows.
+    pub calibration: &'a Calibration,
+    /// Precision in which scales are stored.
+    pub scale_type: ScaleType,
+    /// Residual stream at the block's current point, one slot per batch.
+    pub resid: &'a mut Activations,
+    /// The branch between two stages, one slot per batch.
+    pub branch: &'a mut Activations,
+    /// The quantised layers, by module.
+    pub quantized: BTreeMap<String, QuantizedMatrix>,
+    /// What quantising them cost.
+    pub results: Vec<LayerResult>,
+    /// Things the user should know.
+    pub warnings: Vec<String>,
+}
+
+impl BlockJob<'_> {
+    /// Runs one stage over all batches with the working copy as it stands.
+    pub fn run_stage(&mut self, stage: Stage, taps: &mut Taps<'_>) -> Result<()> {
+        for batch in 0..self.calibration.batches() {
+            let state = self.load(batch, stage == Stage::Norm1)?;
+            let (_, geometry) = self.calibration.batch(batch);
+            let mut context = Context::new(geometry);
+            let state =
+                self.decoder.stage(self.index, stage, &self.weights, state, &mut context, taps)?;
+            if stage == Stage::Contract {
+                self.branch.take(batch)?;
+                self.resid.put(batch, host::into_vec(state.resid))?;
+            } else {
+                self.resid.put(batch, host::into_vec(state.resid))?;
+                self.branch.put(batch, host::into_vec(state.x))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The state of a batch; a block about to start has only the residual stream.
+    fn load(&mut self, batch: usize, start: bool) -> Result<BlockState> {
+        let rows = self.calibration.batch(batch).1.rows();
+        let resid = self.resid.take(batch)?;
+        let resid = self.tensor(resid, rows);
+        if start {
+            return Ok(BlockState::new(resid));
+        }
+        let x = self.branch.take(batch)?;
+        Ok(BlockState { x: self.tensor(x, rows), resid })
+    }
+
+    /// `values` as `[rows, values / rows]`.
+    pub fn tensor(&self, values: Vec<f32>, rows: usize) -> Tensor<2> {
+        let width = values.len() / rows.max(1);
+        host::from_vec(values, [rows, width], &self.weights.device())
+    }
+
+    /// The working copy of a linear layer.
+    pub fn matrix(&self, name: &Name) -> Result<Matrix> {
+        let values = host::into_vec(self.weights.matrix(name)?);
+        let matrix = Matrix::new(name.out_features(), name.in_features(), values)?;
+        matrix.check_finite(&name.module)?;
+        Ok(matrix)
+    }
+
+    /// Replaces the working copy of a linear layer.
+    pub fn set_matrix(&mut self, name: &Name, values: Vec<f32>) {
+        let tensor = host::from_vec(values, name.shape, &self.weights.device());
+        self.weights.matrices.insert(name.weight(), tensor);
+    }
+
+    /// The working copy of a vector.
+    pub fn vector(&self, name: &Name, leaf: Leaf) -> Result<Vec<f32>> {
+        Ok(host::into_vec(self.weights.vector(name, leaf)?))
+    }
+
+    /// Replaces the working copy of a vector.
+    pub fn set_vector(&mut self, name: &Name, leaf: Leaf, values: Vec<f32>) {
+        let shape = [values.len()];
+        let tensor = host::from_vec(values, shape, &self.weights.device());
+        self.weights.vectors.insert(name.tensor(leaf), tensor);
+    }
+
+    /// The grid rules of a layer.
+    pub fn grid(&self, options: &GridOptions) -> Result<Grid> {
+        Ok(Grid { scale_type: self.scale_type, ..Grid::new(options)? })
+    }
+
+    /// Hands in a quantised layer: records what it cost and puts its values into the working copy.
+    ///
+    /// `original` is what the layer computed with before (in the same channel scaling), `sample`
+    /// calibration inputs in that scaling.
+    pub fn hand_in(
+        &mut self,
+        name: &Name,
+        options: &GridOptions,
+        original: &Matrix,
+        quantized: QuantizedMatrix,
+        sample: Option<&TokenSample>,
+        details: BTreeMap<String, serde_json::Value>,
+    ) -> Result<()> {
+        if let Some(scale) = quantized.scales.iter().find(|s| !s.is_finite()) {
+            return Err(Error::layer(
+                &name.module,
+                format!(
+                    "a group scale of {scale} does not fit the stored precision; the weights are \
+                     too large, exclude the layer"
+                ),
+            ));
+        }
+        let values = quantized.dequantize();
+        let (error, norm) = original.squared_error(&values);
+        self.results.push(LayerResult {
+            module: name.module.clone(),
+            role: name.role.label().to_string(),
+            block: self.index,
+            shape: name.shape,
+            bits: quantized.bits,
+            group_size: effective_group(options, name.in_features()),
+            bits_per_weight: quantized.bits_per_weight(),
+            weight_error: ratio(error, norm),
+            output_error: sample.map(|sample| output_error(original, &values, sample)),
+            histogram: histogram(original, &quantized, &values),
+            details,
+        });
+        self.set_matrix(name, values);
+        self.quantized.insert(name.module.clone(), quantized);
+        Ok(())
+    }
+}
+
+fn ratio(error: f64, norm: f64) -> f64 {
+    if norm > 0.0 { error / norm } else { 0.0 }
+}
+
+/// `‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖²` on a sample of inputs.
+fn output_error(original: &Matrix, values: &[f32], sample: &TokenSample) -> f64 {
+    let (out, width) = (original.out_features, original.in_features);
+    let tokens = sample.rows().len() / width;
+    let energy = |weights: &[f32]| -> f64 {
+        let mut y = vec![0f32; tokens * out];
+        tensor::skinny::linear_f32(sample.rows(), tokens, weights, out, width, None, &mut y);
+        y.iter().map(|y| f64::from(*y) * f64::from(*y)).sum()
+    };
+    let difference: Vec<f32> = original.values.iter().zip(values).map(|(a, b)| a - b).collect();
+    ratio(energy(&difference), energy(&original.values))
+}
+
+/// Counts of `(w - ŵ) / scale` over [-2, 2]; what lies outside goes to the outermost bins.
+fn histogram(original: &Matrix, quantized: &QuantizedMatrix, values: &[f32]) -> Vec<u64> {
+    let width = original.in_features;
+    let groups = width.div_ceil(quantized.group_size);
+    let mut counts = vec![0u64; HISTOGRAM_BINS];
+    for (row, (w, q)) in original.values.chunks(width).zip(values.chunks(width)).enumerate() {
+        for (column, (w, q)) in w.iter().zip(q).enumerate() {
+            let group = match &quantized.group_index {
+                Some(index) => index[column] as usize,
+                None => column / quantized.group_size,
+            };
+            let steps = (w - q) / quantized.scales[row * groups + group];
+            let bin = ((steps + 2.0) / 4.0 * HISTOGRAM_BINS as f32) as usize;
+            counts[bin.min(HISTOGRAM_BINS - 1)] += 1;
+        }
+    }
+    counts
+}

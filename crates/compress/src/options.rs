@@ -1,0 +1,254 @@
+//! Options of a quantisation job: the one definition behind flags, recipe keys, schema and docs.
+
+use crate::awq::AwqOptions;
+use crate::gptq::GptqOptions;
+use crate::grid::GridOptions;
+use crate::{Error, Result};
+use store::packed::Layout;
+
+/// Which quantiser.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(serde::Serialize, serde::Deserialize, schemars::JsonSchema, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Method {
+    /// Round to nearest; needs no calibration text.
+    #[default]
+    Rtn,
+    /// Column by column with error compensation.
+    Gptq,
+    /// Activation-aware scaling and clipping.
+    Awq,
+}
+
+impl Method {
+    /// The method's slug.
+    pub fn slug(self) -> &'static str {
+        match self {
+            Self::Rtn => "rtn",
+            Self::Gptq => "gptq",
+            Self::Awq => "awq",
+        }
+    }
+
+    /// Whether the method looks at activations.
+    pub fn calibrates(self) -> bool {
+        self != Self::Rtn
+    }
+}
+
+/// How quantised weights are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(serde::Serialize, serde::Deserialize, schemars::JsonSchema, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Format {
+    /// compressed-tensors `pack-quantized`: transformers, vLLM.
+    #[default]
+    CompressedTensors,
+    /// AutoAWQ GEMM: 4 bits only.
+    Awq,
+    /// GPTQ, checkpoint format v1.
+    Gptq,
+    /// GPTQ, checkpoint format v2 (zero points stored as they are).
+    GptqV2,
+    /// Ordinary weights on the quantised grid: any loader, no saving in size.
+    Dequantized,
+}
+
+impl Format {
+    /// The integer layout; `None` for ordinary weights.
+    pub fn layout(self) -> Option<Layout> {
+        match self {
+            Self::CompressedTensors => Some(Layout::CompressedTensors),
+            Self::Awq => Some(Layout::AutoAwq),
+            Self::Gptq => Some(Layout::Gptq { v2: false }),
+            Self::GptqV2 => Some(Layout::Gptq { v2: true }),
+            Self::Dequantized => None,
+        }
+    }
+}
+
+/// Another grid for the layers that a pattern names.
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Override {
+    /// Name pattern, e.g. `*.down_proj` or `model.layers.0.*`
+    pub pattern: String,
+    /// Bits per weight
+    #[serde(default)]
+    pub bits: Option<u8>,
+    /// Group size; 0 for whole rows
+    #[serde(default)]
+    pub group_size: Option<usize>,
+    /// Symmetric grid
+    #[serde(default)]
+    pub symmetric: Option<bool>,
+}
+
+/// Everything that decides what a quantisation job writes.
+#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(serde::Serialize, serde::Deserialize, schemars::JsonSchema, clap::Args)]
+#[serde(default)]
+pub struct QuantizeOptions {
+    /// Quantiser
+    #[arg(long, value_enum)]
+    pub method: Method,
+    #[command(flatten)]
+    #[serde(flatten)]
+    #[allow(missing_docs)]
+    pub grid: GridOptions,
+    /// File format of the quantised weights
+    #[arg(long, value_enum, default_value_t = Format::CompressedTensors)]
+    pub format: Format,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub calibration: CalibrationOptions,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub gptq: GptqOptions,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub awq: AwqOptions,
+    /// Leave layers whose name matches this pattern as they are (repeatable)
+    #[arg(long, value_name = "PATTERN")]
+    pub exclude: Vec<String>,
+    /// Quantise only layers whose name matches this pattern (repeatable)
+    #[arg(long, value_name = "PATTERN")]
+    pub only: Vec<String>,
+    /// Other grids for some layers, first match wins (recipe only)
+    #[arg(skip)]
+    pub overrides: Vec<Override>,
+    /// Memory for calibration activations; beyond it they go to a temporary file
+    #[arg(long, value_name = "SIZE", default_value = "4GiB")]
+    pub memory: MemoryLimit,
+    /// Largest size of one output shard
+    #[arg(long, value_name = "SIZE", default_value = "5GB")]
+    pub max_shard_size: MemoryLimit,
+}
+
+/// Where calibration windows come from.
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+#[derive(clap::Args)]
+#[serde(default)]
+pub struct CalibrationOptions {
+    /// Calibration text: .txt, .jsonl (key `text`), .json (list of strings, or of token id lists); without it the embedded almanac is used
+    #[arg(long = "calibration", value_name = "FILE")]
+    pub file: Option<std::path::PathBuf>,
+    /// Number of calibration samples
+    #[arg(long, default_value_t = 128)]
+    pub samples: usize,
+    /// Tokens per calibration window
+    #[arg(long, default_value_t = 512)]
+    pub sequence_length: usize,
+    /// How windows are drawn; `auto` takes the rule of the method's reference code
+    #[arg(long, value_enum, default_value_t = Sampling::Auto)]
+    pub sampling: Sampling,
+    /// Seed of the draw
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+impl Default for CalibrationOptions {
+    fn default() -> Self {
+        Self { file: None, samples: 128, sequence_length: 512, sampling: Sampling::Auto, seed: 0 }
+    }
+}
+
+/// How calibration windows are drawn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(serde::Serialize, serde::Deserialize, schemars::JsonSchema, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Sampling {
+    /// `documents` for AWQ, `windows` otherwise.
+    #[default]
+    Auto,
+    /// Shuffled documents that fit one window, joined and cut (AWQ reference).
+    Documents,
+    /// Random windows of the joined text (GPTQ reference).
+    Windows,
+}
+
+/// A number of bytes, written with a unit: `512MiB`, `4GiB`, `5GB`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, schemars::JsonSchema)]
+#[schemars(with = "String")]
+pub struct MemoryLimit(pub u64);
+
+impl Default for MemoryLimit {
+    fn default() -> Self {
+        Self(4 << 30)
+    }
+}
+
+impl std::str::FromStr for MemoryLimit {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        report::human::parse_bytes(text).map(Self)
+    }
+}
+
+impl std::fmt::Display for MemoryLimit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", report::human::bytes(self.0))
+    }
+}
+
+impl serde::Serialize for MemoryLimit {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> std::result::Result<S::Ok, S::Error> {
+        s.collect_str(self)
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for MemoryLimit {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> std::result::Result<Self, D::Error> {
+        let text = String::deserialize(d)?;
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+impl QuantizeOptions {
+    /// Refuses options that cannot work, before any file is touched.
+    pub fn check(&self) -> Result<()> {
+        crate::grid::Grid::new(&self.grid)?;
+        match self.method {
+            Method::Gptq => self.gptq.check(&self.grid)?,
+            Method::Awq => self.awq.check()?,
+            Method::Rtn => {}
+        }
+        if self.method.calibrates() {
+            if self.calibration.samples == 0 {
+                return Err(Error::Options(
+                    "no calibration samples: give --samples 128, or use --method rtn".into(),
+                ));
+            }
+            if self.calibration.sequence_length < 2 {
+                return Err(Error::Options("calibration windows need at least 2 tokens".into()));
+            }
+        }
+        if self.format == Format::Awq && self.grid.bits != 4 {
+            return Err(Error::Options(format!(
+                "the awq format holds 4 bits only, not {}; use --format compressed-tensors or \
+                 dequantized",
+                self.grid.bits
+            )));
+        }
+        let own_grids = matches!(self.format, Format::CompressedTensors | Format::Dequantized);
+        if !own_grids && !self.overrides.is_empty() {
+            return Err(Error::Options(
+                "per-layer overrides need --format compressed-tensors or dequantized: the other \
+                 formats hold one grid for all layers"
+                    .into(),
+            ));
+        }
+        if self.gptq.act_order
+            && !self.gptq.static_groups
+            && self.method == Method::Gptq
+            && self.format == Format::Awq
+        {
+            return Err(Error::Options(
+                "the awq format has no group index: add --static-groups, or use --format gptq"
+                    .into(),
+            ));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,163 @@
+//! The plan of a job: what will be done with every tensor, known before any weight is read.
+
+use crate::grid::{Granularity, GridOptions, effective_group, require_whole_groups};
+use crate::options::{Format, QuantizeOptions};
+use crate::{Error, Result};
+use method::Pattern;
+use nn::{Decoder, Name};
+use store::Checkpoint;
+use store::packed::QuantizedMatrix;
+
+/// What happens to one linear layer.
+#[derive(Debug, Clone)]
+pub struct LayerPlan {
+    /// The layer.
+    pub name: Name,
+    /// Its grid, or `None` to leave it as it is.
+    pub grid: Option<GridOptions>,
+}
+
+/// What will be done, block by block.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// For every block the linears in the order they compute, grouped by the input they share.
+    pub blocks: Vec<Vec<Vec<LayerPlan>>>,
+    /// Bytes of all tensors now.
+    pub bytes_before: u64,
+    /// Estimated bytes afterwards.
+    pub bytes_after: u64,
+}
+
+impl Plan {
+    /// Plans `options` for a model; refuses what cannot work.
+    pub fn new(
+        decoder: &Decoder,
+        checkpoint: &Checkpoint,
+        options: &QuantizeOptions,
+    ) -> Result<Self> {
+        options.check()?;
+        let exclude = patterns(&options.exclude)?;
+        let only = patterns(&options.only)?;
+        let overrides: Vec<Pattern> =
+            options.overrides.iter().map(|o| pattern(&o.pattern)).collect::<Result<_>>()?;
+        let all: Vec<String> = (0..decoder.num_blocks())
+            .flat_map(|i| decoder.linears(i))
+            .map(|name| name.module)
+            .collect();
+        for (text, pattern) in options
+            .exclude
+            .iter()
+            .zip(&exclude)
+            .chain(options.only.iter().zip(&only))
+            .chain(options.overrides.iter().map(|o| &o.pattern).zip(&overrides))
+        {
+            // The head and the embedding are never quantised; excluding them by name is no mistake.
+            let known = all.iter().any(|name| pattern.matches(name))
+                || decoder.other_names().iter().any(|name| pattern.matches(&name.module))
+                || pattern.matches("lm_head");
+            if !known {
+                let near = method::nearest(text, all.iter().map(String::as_str));
+                return Err(Error::Options(format!(
+                    "pattern `{text}` matches no layer{}",
+                    near.map(|n| format!("; the nearest name is `{n}`")).unwrap_or_default()
+                )));
+            }
+        }
+        let mut plan = Self {
+            blocks: Vec::new(),
+            bytes_before: checkpoint.total_bytes(),
+            bytes_after: checkpoint.total_bytes(),
+        };
+        let mut quantised = 0usize;
+        for block in 0..decoder.num_blocks() {
+            let mut sets = Vec::new();
+            for set in decoder.linear_sets(block) {
+                let mut layers = Vec::new();
+                for name in set {
+                    let kept = exclude.iter().any(|p| p.matches(&name.module))
+                        || (!only.is_empty() && !only.iter().any(|p| p.matches(&name.module)));
+                    let mut grid = options.grid.clone();
+                    let found = overrides.iter().position(|p| p.matches(&name.module));
+                    if let Some(other) = found.and_then(|i| options.overrides.get(i)) {
+                        grid.bits = other.bits.unwrap_or(grid.bits);
+                        grid.group_size = other.group_size.unwrap_or(grid.group_size);
+                        grid.symmetric = other.symmetric.unwrap_or(grid.symmetric);
+                        crate::grid::Grid::new(&grid)?;
+                    }
+                    let grid = if kept { None } else { Some(grid) };
+                    if let Some(grid) = &grid {
+                        check_shape(&name, grid, options)?;
+                        plan.bytes_after = plan.bytes_after.saturating_sub(saved(
+                            checkpoint, &name, grid, options.format,
+                        )?);
+                        quantised += 1;
+                    }
+                    layers.push(LayerPlan { name, grid });
+                }
+                sets.push(layers);
+            }
+            plan.blocks.push(sets);
+        }
+        if quantised == 0 {
+            return Err(Error::Options(
+                "nothing is left to quantise; loosen --only or --exclude".into(),
+            ));
+        }
+        Ok(plan)
+    }
+
+    /// All layers, in order.
+    pub fn layers(&self) -> impl Iterator<Item = &LayerPlan> {
+        self.blocks.iter().flatten().flatten()
+    }
+}
+
+fn pattern(text: &str) -> Result<Pattern> {
+    Pattern::new(text).map_err(Error::Options)
+}
+
+fn patterns(texts: &[String]) -> Result<Vec<Pattern>> {
+    texts.iter().map(|text| pattern(text)).collect()
+}
+
+fn check_shape(name: &Name, grid: &GridOptions, options: &QuantizeOptions) -> Result<()> {
+    let (out, width) = (name.out_features(), name.in_features());
+    // Ragged last groups exist only in ordinary weights, and AWQ's searches need whole groups.
+    let whole = options.format != Format::Dequantized || options.method == crate::Method::Awq;
+    if whole && grid.granularity == Granularity::Group {
+        require_whole_groups(&name.module, width, effective_group(grid, width))?;
+        if grid.group_size > width {
+            require_whole_groups(&name.module, width, grid.group_size)?;
+        }
+    }
+    let Some(layout) = options.format.layout() else { return Ok(()) };
+    let shape = QuantizedMatrix {
+        bits: grid.bits,
+        group_size: effective_group(grid, width),
+        out_features: out,
+        in_features: width,
+        codes: Vec::new(),
+        scales: Vec::new(),
+        zeros: Vec::new(),
+        symmetric: grid.symmetric,
+        group_index: None,
+    };
+    Ok(store::packed::check_packable(layout, &name.module, &shape)?)
+}
+
+/// Bytes that quantising `name` saves.
+fn saved(checkpoint: &Checkpoint, name: &Name, grid: &GridOptions, format: Format) -> Result<u64> {
+    if format == Format::Dequantized {
+        return Ok(0);
+    }
+    let now = checkpoint.info(&name.weight())?.nbytes;
+    let (out, width) = (name.out_features() as f64, name.in_features() as f64);
+    let groups = (width / effective_group(grid, name.in_features()) as f64).ceil();
+    let zero_bits = if grid.symmetric && format == Format::CompressedTensors {
+        0.0
+    } else {
+        f64::from(grid.bits)
+    };
+    let bits = out * width * f64::from(grid.bits) + out * groups * (16.0 + zero_bits);
+    Ok(now.saturating_sub((bits / 8.0) as u64))
+}

@@ -1,0 +1,18 @@
+//! Text for networks: tokenizers, documents cut into token windows, and the almanac.
+//!
+//! * [`Tokenizer`] reads what checkpoints carry (`tokenizer.json`, sentencepiece `tokenizer.model`,
+//!   GPT-2's `vocab.json` with `merges.txt`, the vocabulary inside a GGUF file) and decodes
+//!   incrementally without splitting characters.
+//! * [`text`] loads documents and cuts them into windows for calibration, training and evaluation.
+//! * [`almanac`] generates the small world on which the whole workbench is demonstrated.
+//!
+//! What a network does with the tokens is not known here.
+
+#[path = "stub_store.rs"] mod store;
+pub mod almanac;
+mod error;
+pub mod text;
+pub mod tokenizer;
+
+pub use error::{Error, Result};
+pub use tokenizer::{DecodeStream, Tokenizer};

@@ -1,0 +1,96 @@
+use super::*;
+
+fn shared() -> Option<PathBuf> {
+    let path = std::env::var_os("STRATA_SHARED").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared"),
+        PathBuf::from,
+    );
+    if path.join("data").is_dir() {
+        return Some(path.join("data"));
+    }
+    println!("skipped: no shared data at {}", path.display());
+    None
+}
+
+fn stories(data: &Path) -> Vec<String> {
+    crate::text::load(&data.join("tinystories-sample/tinystories_1000.json")).unwrap().texts
+}
+
+#[test]
+fn sentencepiece_tokenises_as_the_json_beside_it() {
+    let Some(data) = shared() else { return };
+    let json = Tokenizer::from_dir(&data.join("stories260k")).unwrap();
+    let model = Tokenizer::from_file(&data.join("stories260k/tokenizer.model")).unwrap();
+    assert_eq!((json.vocab_size(), model.vocab_size()), (512, 512));
+    assert_eq!((model.bos(), model.eos()), (Some(1), Some(2)));
+    let odd = ["", " ", "  two  spaces ", "été 🦀 naïve", "a\nb\tc", "0123"].map(String::from);
+    for text in stories(&data).iter().chain(&odd) {
+        let ids = model.encode(text, true).unwrap();
+        assert_eq!(ids, json.encode(text, true).unwrap(), "{text:?}");
+        assert_eq!(model.decode(&ids, true).unwrap(), json.decode(&ids, true).unwrap());
+    }
+}
+
+#[test]
+fn streaming_gives_the_text_and_whole_characters() {
+    let Some(data) = shared() else { return };
+    for dir in ["stories260k", "tokenizers/gpt2"] {
+        let tokenizer = Tokenizer::from_dir(&data.join(dir)).unwrap();
+        let text = "Once upon a time 🦀🇩🇪 naïve été 漢字, she said.";
+        let ids = tokenizer.encode(text, false).unwrap();
+        let mut stream = tokenizer.stream(true);
+        let mut streamed = String::new();
+        for &id in &ids {
+            let piece = stream.push(id).unwrap().unwrap_or_default();
+            assert!(!piece.contains('\u{FFFD}'), "{dir}: {piece:?}");
+            streamed.push_str(&piece);
+        }
+        streamed.push_str(&stream.finish().unwrap().unwrap_or_default());
+        assert_eq!(streamed, tokenizer.decode(&ids, true).unwrap(), "{dir}");
+        assert_eq!(streamed, text, "{dir}");
+    }
+}
+
+#[test]
+fn streaming_after_a_prompt_keeps_the_space() {
+    let Some(data) = shared() else { return };
+    let tokenizer = Tokenizer::from_dir(&data.join("stories260k")).unwrap();
+    let prompt = tokenizer.encode("Once upon a", true).unwrap();
+    let all = tokenizer.encode("Once upon a time", true).unwrap();
+    let mut stream = tokenizer.stream(true).after(&prompt);
+    let mut text = String::new();
+    for &id in &all[prompt.len()..] {
+        text.push_str(&stream.push(id).unwrap().unwrap_or_default());
+    }
+    assert_eq!(text, " time");
+}
+
+#[test]
+fn gpt2_files_tokenise_as_documented() {
+    let Some(data) = shared() else { return };
+    let dir = data.join("tokenizers/gpt2");
+    let files = Tokenizer::from_file(&dir.join("vocab.json")).unwrap();
+    let json = Tokenizer::from_file(&dir.join("tokenizer.json")).unwrap();
+    assert_eq!(files.encode("Hello world", true).unwrap(), [15496, 995]);
+    assert_eq!(files.token("<|endoftext|>"), Some(50256));
+    assert_eq!(files.vocab_size(), 50257);
+    for text in stories(&data).iter().take(100) {
+        assert_eq!(files.encode(text, true).unwrap(), json.encode(text, true).unwrap());
+    }
+}
+
+#[test]
+fn errors_name_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let error = Tokenizer::from_dir(dir.path()).unwrap_err().to_string();
+    assert!(error.contains("no tokenizer here") && error.contains(&dir.path().display().to_string()));
+    std::fs::write(dir.path().join("vocab.json"), "{\"a\": 0, \"b\": 1, \"ab\": 2}").unwrap();
+    std::fs::write(dir.path().join("merges.txt"), "#version: 0.2\na b\nab\n").unwrap();
+    let error = Tokenizer::from_dir(dir.path()).unwrap_err().to_string();
+    assert!(error.contains("merges.txt:3"), "{error}");
+    std::fs::write(dir.path().join("merges.txt"), "#version: 0.2\na b\n").unwrap();
+    assert_eq!(Tokenizer::from_dir(dir.path()).unwrap().encode("ab", true).unwrap(), [2]);
+    std::fs::write(dir.path().join("tokenizer.model"), [0xff, 0xff]).unwrap();
+    let error = Tokenizer::from_dir(dir.path()).unwrap_err().to_string();
+    assert!(error.contains("tokenizer.model") && error.contains("not a sentencepiece model"));
+}

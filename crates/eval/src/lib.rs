@@ -1,0 +1,20 @@
+//! What a model can do, as numbers: perplexity, next-token accuracy, facts, multiple choice, and how far two models'
+//! predictions lie apart.
+//!
+//! Every task takes an open [`nn::Model`] (plain or quantised), computes in batches, and returns a serde struct that
+//! also prints itself as a [`report::Table`]. Reading text and choosing models is left to the callers.
+
+pub mod accuracy;
+pub mod choice;
+pub mod compare;
+pub mod error;
+pub mod facts;
+pub mod perplexity;
+mod scan;
+
+pub use accuracy::{NextTokenAccuracy, next_token_accuracy};
+pub use choice::{ChoiceScores, Question, multiple_choice, read_questions};
+pub use compare::{Comparison, compare};
+pub use error::{Error, Result};
+pub use facts::{FactScores, Score, facts};
+pub use perplexity::{Perplexity, perplexity, perplexity_with};

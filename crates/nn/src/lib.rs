@@ -1,0 +1,52 @@
+//! Networks as functions over named weights.
+//!
+//! A network here owns no weights. [`Decoder`] is a description read from `config.json` plus one
+//! forward function that asks a [`Weights`] for what it needs, by [`Name`]; every activation passes
+//! the [`Taps`], which may record or replace it at a [`Site`]. A method changes a network by
+//! wrapping one `Weights` in another or by adding a [`Tap`].
+//!
+//! - `site`, `tap`: the places activations can be seen, and who sees them;
+//! - `name`, `weights`, `overlay`, `quantized`: the weights seam and its implementations;
+//! - `config`, `family`: architectures as data, read from `config.json`;
+//! - `decoder`, `forward`, `attend`, `rope`, `cache`: names, the staged block, positions, KV cache;
+//! - `mapping`: which norm or linear can absorb a scale (what AWQ and rotations fold through);
+//! - `model`, `generate`: opening a checkpoint and sampling from it.
+//!
+//! Losses, optimisers and evaluation live above; containers on disk and kernels live below.
+
+mod attend;
+pub mod cache;
+pub mod config;
+pub mod decoder;
+pub mod error;
+pub mod family;
+mod forward;
+pub mod generate;
+pub mod mapping;
+pub mod model;
+pub mod name;
+pub mod overlay;
+pub mod quantized;
+mod rope;
+pub mod site;
+pub mod tap;
+#[doc(hidden)]
+pub mod testing;
+mod validate;
+pub mod weights;
+
+pub use cache::KvCache;
+pub use config::DecoderConfig;
+pub use decoder::Decoder;
+pub use error::{Error, Result};
+pub use family::Family;
+pub use forward::{BlockState, Context, Stage};
+pub use generate::{Sampling, generate};
+pub use mapping::{Inspect, Mapping, NormFold, Prev};
+pub use model::Model;
+pub use name::{Leaf, Name, Role};
+pub use overlay::Overlay;
+pub use quantized::Quantized;
+pub use site::{Point, Site};
+pub use tap::{Batch, Record, Replace, Tap, Taps};
+pub use weights::{CheckpointWeights, Weights};

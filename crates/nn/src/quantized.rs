@@ -1,0 +1,144 @@
+//! Checkpoints whose linear layers are packed integers (compressed-tensors, AutoAWQ, GPTQ):
+//! products run on the integers, nothing is dequantised as a whole.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use store::Checkpoint;
+use store::packed::{QuantConfig, QuantizedMatrix, unpack};
+use tensor::lowbit::LowBit;
+use tensor::{Device, Tensor, host};
+
+use crate::validate::is_packed;
+use crate::weights::check_input;
+use crate::{CheckpointWeights, Error, Leaf, Name, Result, Weights};
+
+/// Weights of a quantised checkpoint. Packed modules are brought into the layout of the integer
+/// kernels at first use and kept; everything else is served as by [`CheckpointWeights`].
+pub struct Quantized {
+    plain: CheckpointWeights,
+    config: QuantConfig,
+    modules: Mutex<HashMap<String, Arc<LowBit>>>,
+}
+
+impl Quantized {
+    /// The weights of `checkpoint`, packed as `config` (from its `quantization_config`) says.
+    ///
+    /// # Errors
+    /// When the engine has no CPU device.
+    pub fn new(checkpoint: Checkpoint, config: QuantConfig) -> Result<Self> {
+        Ok(Quantized {
+            plain: CheckpointWeights::new(checkpoint)?,
+            config,
+            modules: Mutex::default(),
+        })
+    }
+
+    /// How the checkpoint is packed.
+    pub fn config(&self) -> &QuantConfig {
+        &self.config
+    }
+
+    /// Whether `name` is stored as packed integers.
+    pub fn is_packed(&self, name: &Name) -> bool {
+        let checkpoint = self.plain.checkpoint();
+        !checkpoint.contains(&name.weight()) && is_packed(checkpoint, &name.module)
+    }
+
+    /// The codes, scales and zeros of a packed module.
+    ///
+    /// # Errors
+    /// When the module is not packed, or its tensors do not fit together or the config.
+    pub fn packed(&self, name: &Name) -> Result<QuantizedMatrix> {
+        let m = unpack(self.config.layout, self.plain.checkpoint(), &name.module, &self.config)?;
+        if [m.out_features, m.in_features] != name.shape {
+            return Err(Error::Shape {
+                name: name.module.clone(),
+                found: vec![m.out_features, m.in_features],
+                expected: name.shape.to_vec(),
+            });
+        }
+        Ok(m)
+    }
+
+    /// Builds the kernels' layout of every packed module of `names` now rather than at first use.
+    ///
+    /// # Errors
+    /// As [`Quantized::packed`].
+    pub fn prepare<'n>(&self, names: impl IntoIterator<Item = &'n Name>) -> Result<()> {
+        for name in names {
+            if self.is_packed(name) {
+                self.module(name)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The module in the layout of the integer kernels.
+    fn module(&self, name: &Name) -> Result<Arc<LowBit>> {
+        let modules = || self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(module) = modules().get(&name.module) {
+            return Ok(module.clone());
+        }
+        let m = self.packed(name)?;
+        let zeros: Vec<f32> = m.zeros.iter().map(|&z| f32::from(z)).collect();
+        let module = Arc::new(LowBit::new(
+            m.bits,
+            m.out_features,
+            m.in_features,
+            m.group_size,
+            &m.codes,
+            &m.scales,
+            &zeros,
+            m.group_index.as_deref(),
+        )?);
+        modules().insert(name.module.clone(), module.clone());
+        Ok(module)
+    }
+}
+
+impl Weights for Quantized {
+    fn linear(&self, name: &Name, x: Tensor<2>) -> Result<Tensor<2>> {
+        let known = {
+            let modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+            modules.get(&name.module).cloned()
+        };
+        let module = match known {
+            Some(module) => module,
+            None if self.is_packed(name) => self.module(name)?,
+            None => return self.plain.linear(name, x),
+        };
+        check_input(name, &x)?;
+        let (rows, out) = (x.dims()[0], name.out_features());
+        let bias = if name.bias { Some(self.vector(name, Leaf::Bias)?) } else { None };
+        let bias = bias.map(host::into_vec);
+        let mut y = vec![0.0; rows * out];
+        host::read(&x, |x| module.linear(x, rows, bias.as_deref(), &mut y));
+        Ok(host::from_vec(y, [rows, out], &self.device()))
+    }
+
+    fn matrix(&self, name: &Name) -> Result<Tensor<2>> {
+        if self.is_packed(name) {
+            return Ok(host::from_vec(self.packed(name)?.dequantize(), name.shape, &self.device()));
+        }
+        self.plain.matrix(name)
+    }
+
+    fn vector(&self, name: &Name, leaf: Leaf) -> Result<Tensor<1>> {
+        self.plain.vector(name, leaf)
+    }
+
+    fn embed(&self, name: &Name, ids: &[u32]) -> Result<Tensor<2>> {
+        if self.is_packed(name) {
+            return Err(Error::Weights {
+                name: name.module.clone(),
+                reason: "packed embeddings are not supported; keep the embedding in f16".into(),
+            });
+        }
+        self.plain.embed(name, ids)
+    }
+
+    fn device(&self) -> Device {
+        self.plain.device()
+    }
+}

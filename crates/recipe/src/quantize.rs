@@ -1,0 +1,194 @@
+//! The main job: quantise a checkpoint and prove what it cost.
+//!
+//! Plan, measure, stream, measure again, report. The mathematics is in `compress`.
+
+use crate::measure::{Measurement, MeasureOptions, Measures};
+use crate::{Error, Result, present};
+use compress::{Outcome, Plan, QuantizeOptions, Target};
+use data::Tokenizer;
+use data::almanac::{Almanac, Split};
+use nn::Model;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// A quantisation job.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct QuantizeJob {
+    /// Model directory or file.
+    pub model: PathBuf,
+    /// Output directory.
+    pub out: PathBuf,
+    /// What to write.
+    pub options: QuantizeOptions,
+    /// What to measure.
+    pub measure: MeasureOptions,
+    /// Take up an interrupted job.
+    pub resume: bool,
+    /// Replace an existing output.
+    pub overwrite: bool,
+}
+
+/// What a job leaves behind.
+#[derive(Debug)]
+pub struct Finished {
+    /// The output directory.
+    pub path: PathBuf,
+    /// What quantising every layer cost.
+    pub layers: Vec<compress::LayerResult>,
+    /// Measured before and after; absent when skipped.
+    pub measures: Option<Comparison>,
+    /// Bytes of tensors before and after.
+    pub bytes: (u64, u64),
+    /// Seconds spent quantising.
+    pub seconds: f64,
+    /// The report that lies in the output directory.
+    pub report: report::Report,
+}
+
+/// Before and after.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Comparison {
+    /// The original model.
+    pub before: Measures,
+    /// The quantised one.
+    pub after: Measures,
+    /// Distance of their predictions.
+    pub distance: eval::Comparison,
+    /// What the held-out text is.
+    pub text: String,
+}
+
+impl QuantizeJob {
+    /// Runs the job.
+    pub fn run(&self) -> Result<Finished> {
+        let model = Model::open(&self.model)?;
+        let plan = Plan::new(&model.decoder, &model.checkpoint, &self.options)?;
+        report::note(&present::plan_line(&plan, &self.options));
+        let started = Instant::now();
+        let outcome = match self.stream(&model, &plan) {
+            Ok(outcome) => outcome,
+            // A resumed job whose output stands already only lacks its report.
+            Err(Error::Compress(compress::Error::Store(store::Error::Complete { path }))) => {
+                report::note(&format!("{} is already complete", path.display()));
+                self.finished_outcome(path)?
+            }
+            Err(error) => return Err(error),
+        };
+        let seconds = started.elapsed().as_secs_f64();
+        let quantised = Model::open(&outcome.path)?;
+        let bytes = (model.checkpoint.total_bytes(), quantised.checkpoint.total_bytes());
+        let measures = if self.measure.skip { None } else { Some(self.measure(&model, &quantised)?) };
+        let report =
+            present::quantize(self, &outcome, measures.as_ref(), bytes, seconds, &model.decoder);
+        let html = outcome.path.join("report.html");
+        store::write_atomic(&html, report.html().as_bytes())?;
+        let json = serde_json::to_vec_pretty(&report.json()).unwrap_or_default();
+        store::write_atomic(&outcome.path.join("report.json"), &json)?;
+        Ok(Finished { path: outcome.path, layers: outcome.layers, measures, bytes, seconds, report })
+    }
+
+    fn stream(&self, model: &Model, plan: &Plan) -> Result<Outcome> {
+        let calibration = compress::calibration::windows(
+            &self.options.calibration,
+            self.options.method,
+            || Ok(Tokenizer::from_checkpoint(&model.checkpoint)?),
+            || {
+                let known = crate::measure::almanac_of(model.checkpoint.directory());
+                if known.is_none() {
+                    report::warn(
+                        "no --calibration file: using the embedded almanac, which is not the \
+                         text this model was trained on",
+                    );
+                }
+                Ok(known.unwrap_or_else(Almanac::embedded).documents(Split::Train))
+            },
+        )?;
+        let progress = report::Progress::new(
+            &format!("quantize ({})", self.options.method.slug()),
+            plan.blocks.len() as u64,
+            "blocks",
+        );
+        let target = Target {
+            out: &self.out,
+            resume: self.resume,
+            overwrite: self.overwrite,
+            provenance: self.provenance(model)?,
+        };
+        let outcome =
+            compress::run(model, plan, &self.options, &calibration, &target, &progress)?;
+        if outcome.resumed_blocks > 0 {
+            report::note(&format!(
+                "resumed: {} of {} blocks were done already",
+                outcome.resumed_blocks,
+                plan.blocks.len()
+            ));
+        }
+        Ok(outcome)
+    }
+
+    /// Where the input comes from: its name, the hashes of its small files, size and name of its
+    /// weight files (hashing many gigabytes would double the reading), and its own record.
+    fn provenance(&self, model: &Model) -> Result<serde_json::Value> {
+        let directory = model.checkpoint.directory();
+        let mut files = serde_json::Map::new();
+        for path in model.checkpoint.files() {
+            let name = path.file_name().map(|n| n.to_string_lossy().into_owned());
+            let size = std::fs::metadata(path).map(|m| m.len()).unwrap_or(0);
+            files.insert(name.unwrap_or_default(), serde_json::json!({"bytes": size}));
+        }
+        for name in ["config.json", "tokenizer.json", "tokenizer.model"] {
+            let path = directory.join(name);
+            if path.is_file() {
+                let hash = store::sha256_file(&path)?;
+                files.insert(name.into(), serde_json::json!({"sha256": hash}));
+            }
+        }
+        let own = std::fs::read(directory.join("strata.json"))
+            .ok()
+            .and_then(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).ok());
+        // Per-layer results of an earlier job belong to that job's output.
+        let own = own.map(|mut value| {
+            if let Some(object) = value.as_object_mut() {
+                object.remove("layers");
+            }
+            value
+        });
+        Ok(serde_json::json!({
+            "model": directory.file_name().map(|n| n.to_string_lossy().into_owned()),
+            "files": files,
+            "made_by": own,
+        }))
+    }
+
+    fn measure(&self, before: &Model, after: &Model) -> Result<Comparison> {
+        let measurement = Measurement::new(before, &self.measure)?;
+        Ok(Comparison {
+            before: measurement.run(before, "before")?,
+            after: measurement.run(after, "after")?,
+            distance: measurement.compare(before, after)?,
+            text: measurement.source.clone(),
+        })
+    }
+
+    /// The outcome of a job that had finished before, from its own record.
+    fn finished_outcome(&self, path: PathBuf) -> Result<Outcome> {
+        let layers = read_layers(&path)?;
+        Ok(Outcome {
+            path,
+            layers,
+            warnings: Vec::new(),
+            resumed_blocks: 0,
+            spilled_bytes: 0,
+        })
+    }
+}
+
+fn read_layers(path: &Path) -> Result<Vec<compress::LayerResult>> {
+    let file = path.join("strata.json");
+    let damaged = |reason: String| Error::Recipe(format!("{}: {reason}", file.display()));
+    let bytes = std::fs::read(&file).map_err(|e| damaged(e.to_string()))?;
+    let value: serde_json::Value =
+        serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
+    let layers = value.get("layers").cloned().unwrap_or_default();
+    serde_json::from_value(layers).map_err(|e| damaged(e.to_string()))
+}

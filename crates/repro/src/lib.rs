@@ -1,0 +1,1 @@
+//! A paper's claim, one file per slug

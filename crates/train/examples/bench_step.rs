@@ -1,0 +1,117 @@
+//! Times the forward pass and the training step of two Llama shapes on random tokens.
+//!
+//! `cargo run --release -p strata-train --example bench_step [almanac|llama15m]`
+
+use serde_json::{Value, json};
+use std::time::Instant;
+use strata_train::{Chain, Grads, Params, Step, TrainConfig, loader::TokenBatch, loss};
+
+// glibc: keep freed memory instead of giving every large buffer back to the system.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn keep_memory() {
+    unsafe extern "C" {
+        fn mallopt(parameter: i32, value: i32) -> i32;
+    }
+    // M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
+    for (parameter, value) in [(-1, 1 << 30), (-2, 64 << 20), (-3, 1 << 30)] {
+        // SAFETY: plain settings of the allocator, before any thread is started.
+        unsafe { mallopt(parameter, value) };
+    }
+}
+
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+fn keep_memory() {}
+
+struct Shape {
+    name: &'static str,
+    model: Value,
+    rows: usize,
+    length: usize,
+}
+
+fn llama(hidden: usize, inner: usize, layers: usize, heads: usize, kv: usize, vocab: usize) -> Value {
+    json!({
+        "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv,
+        "head_dim": hidden / heads, "vocab_size": vocab, "max_position_embeddings": 512,
+        "tie_word_embeddings": true, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    })
+}
+
+fn peak_memory() -> String {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find(|l| l.starts_with("VmHWM")).unwrap_or("VmHWM: unknown");
+    line.split_whitespace().skip(1).collect::<Vec<_>>().join(" ")
+}
+
+fn measure(shape: &Shape) -> Result<(), Box<dyn std::error::Error>> {
+    let decoder = nn::Decoder::from_config(&shape.model)?;
+    let mut params = Params::random(&decoder, 0)?;
+    let config: TrainConfig = serde_json::from_value(json!({
+        "model": shape.model, "steps": 1, "data": [{"text": "unused"}],
+    }))?;
+    let mut chain = Chain::from_config(&config)?;
+    let mut rng = tensor::rng::Rng::new(0);
+    let vocabulary = decoder.config.vocab_size;
+    let tokens: Vec<u32> =
+        (0..shape.rows * shape.length + 1).map(|_| rng.below(vocabulary) as u32).collect();
+    let batch = TokenBatch {
+        rows: shape.rows,
+        length: shape.length,
+        tokens: tokens[..tokens.len() - 1].to_vec(),
+        targets: tokens[1..].to_vec(),
+    };
+    let batches = [batch];
+    let count = (shape.rows * shape.length) as f64;
+    let mut forward = f64::MAX;
+    for _ in 0..4 {
+        let start = Instant::now();
+        loss::evaluate(&decoder, &params.constants(), &batches)?;
+        forward = forward.min(start.elapsed().as_secs_f64());
+    }
+    let (mut best, mut gradient, mut sum) = (f64::MAX, f64::MAX, 0.0);
+    let steps = 8;
+    for index in 0..steps {
+        let start = Instant::now();
+        let mut grads = Grads::new();
+        loss::gradients(&decoder, &params, &batches, &mut grads)?;
+        gradient = gradient.min(start.elapsed().as_secs_f64());
+        let step = Step { index, total: steps, learning_rate: 1e-3 };
+        chain.update(&step, &mut params, &mut grads)?;
+        let seconds = start.elapsed().as_secs_f64();
+        best = best.min(seconds);
+        sum += seconds;
+    }
+    println!(
+        "{}: {} parameters, batch {} x {}: forward {:.0} ms, forward+backward {:.0} ms, step {:.0} ms (mean {:.0}), \
+         {:.0} tokens/s, peak {}",
+        shape.name,
+        params.count(),
+        shape.rows,
+        shape.length,
+        forward * 1e3,
+        gradient * 1e3,
+        best * 1e3,
+        sum / steps as f64 * 1e3,
+        count / best,
+        peak_memory(),
+    );
+    Ok(())
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    if std::env::var_os("STRATA_PLAIN_MALLOC").is_none() {
+        keep_memory();
+    }
+    let wanted = std::env::args().nth(1);
+    let shapes = [
+        Shape { name: "almanac", model: llama(256, 640, 4, 4, 2, 2048), rows: 16, length: 256 },
+        Shape { name: "llama15m", model: llama(288, 768, 6, 6, 2, 32000), rows: 4, length: 256 },
+    ];
+    for shape in &shapes {
+        if wanted.as_deref().is_none_or(|w| w == shape.name) {
+            measure(shape)?;
+        }
+    }
+    Ok(())
+}
