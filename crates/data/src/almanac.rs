@@ -48,7 +48,7 @@ use world::World;
 pub enum Size {
     /// A quarter of the people and a tenth of the text, for tests.
     Tiny,
-    /// The size of the sample models: 620 facts, about two and a half million training tokens.
+    /// The size of the sample models: 620 facts, about 1.9 million training tokens in an edition.
     #[default]
     Standard,
 }

@@ -57,7 +57,7 @@ pub enum Error {
     Argument(String),
     /// The checkpoint could not be read.
     #[error(transparent)]
-    Store(#[from] crate::store::Error),
+    Store(#[from] store::Error),
 }
 
 impl Error {

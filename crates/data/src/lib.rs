@@ -8,7 +8,6 @@
 //!
 //! What a network does with the tokens is not known here.
 
-#[path = "stub_store.rs"] mod store;
 pub mod almanac;
 mod error;
 pub mod text;

@@ -324,3 +324,103 @@ fn cut(mut tokens: Vec<u32>, length: usize, documents: &Documents) -> Result<Win
     tokens.truncate(whole);
     Ok(Windows { tokens, length })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One token per letter a to z, and per other byte-level character that the tests use.
+    fn letters() -> Tokenizer {
+        let dir = tempfile::tempdir().unwrap();
+        let tokens = ('a'..='z').chain(['Ġ', 'Ċ']).enumerate();
+        let vocabulary: Vec<String> = tokens.map(|(i, c)| format!("\"{c}\": {i}")).collect();
+        std::fs::write(dir.path().join("vocab.json"), format!("{{{}}}", vocabulary.join(","))).unwrap();
+        std::fs::write(dir.path().join("merges.txt"), "").unwrap();
+        Tokenizer::from_dir(dir.path()).unwrap()
+    }
+
+    fn documents(texts: &[&str]) -> Documents {
+        Documents::new(texts.iter().map(ToString::to_string).collect())
+    }
+
+    #[test]
+    fn files_load_by_their_ending() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str, bytes: &[u8]| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, bytes).unwrap();
+            load(&path)
+        };
+        assert_eq!(file("a.txt", b"one\n\n\ntwo\nthree\n").unwrap().texts, ["one\n\n\ntwo\nthree\n"]);
+        let split = file("a.txt", b"one\n \n\ntwo\nthree\n").unwrap().split_blank_lines();
+        assert_eq!(split.texts, ["one", "two\nthree"]);
+        let lines = file("a.jsonl", b"{\"text\": \"x\", \"n\": 1}\n\n{\"text\": \"y\"}").unwrap();
+        assert_eq!(lines.texts, ["x", "y"]);
+        assert_eq!(file("a.json", br#"["x", {"text": "y"}]"#).unwrap().texts, ["x", "y"]);
+        let error = |name, bytes: &[u8]| file(name, bytes).unwrap_err().to_string();
+        assert!(error("b.jsonl", b"{\"text\": \"x\"}\n{\"texts\": 1}").contains("b.jsonl:2: "));
+        assert!(error("b.jsonl", b"{\"text\": \"x\"}\nword").contains("b.jsonl:2: not a JSON object"));
+        assert!(error("b.json", b"[\"a\",\n3]").contains("element 1"));
+        assert!(error("b.json", b"{}").contains("list of strings"));
+        assert!(error("b.json", b"[\"a\",\n").contains("b.json:2"));
+        assert!(error("b.txt", b"a\nb\xff").contains("b.txt:2: byte 3"));
+        assert!(error("b.txt", b" \n").contains("holds no text"));
+        assert!(load(&dir.path().join("no.txt")).unwrap_err().to_string().contains("no.txt"));
+    }
+
+    #[test]
+    fn awq_windows_follow_the_rule() {
+        let tokenizer = letters();
+        // Kept: the four of at most 3 letters; the empty and the long one are skipped.
+        let docs = documents(&[" abc ", "", "defghij", "de", "fgh", "  ", "i"]);
+        let windows = calibration_awq(&docs, &tokenizer, 10, 3, 5).unwrap();
+        assert_eq!((windows.count(), windows.tokens.len()), (3, 9));
+        let mut order: Vec<usize> = (0..7).collect();
+        Rng::stream(5, "calibration").shuffle(&mut order);
+        let kept = |i: &usize| [0, 3, 4, 6].contains(i);
+        let text: String =
+            order.iter().filter(|i| kept(i)).map(|&i| docs.texts[i].trim()).collect();
+        assert_eq!(windows.tokens, tokenizer.encode(&text[..9], false).unwrap());
+        assert_eq!(windows, calibration_awq(&docs, &tokenizer, 10, 3, 5).unwrap());
+        // Two documents kept: at most 6 tokens.
+        assert!(calibration_awq(&docs, &tokenizer, 2, 3, 5).unwrap().count() <= 2);
+        let error = calibration_awq(&docs, &tokenizer, 10, 20, 5).unwrap_err().to_string();
+        assert!(error.contains("only 16 ") && error.contains("5 documents were kept"), "{error}");
+        let error = calibration_awq(&docs, &tokenizer, 10, 1, 5).unwrap();
+        assert_eq!(error.tokens, [8]);
+        assert!(calibration_awq(&docs, &tokenizer, 0, 3, 5).is_err());
+    }
+
+    #[test]
+    fn random_windows_lie_in_the_joined_text() {
+        let tokenizer = letters();
+        let docs = documents(&["abcdef", "ghijkl"]);
+        let all = tokenizer.encode("abcdef\n\nghijkl", false).unwrap();
+        let windows = calibration_random(&docs, &tokenizer, 50, 5, 1).unwrap();
+        assert_eq!(windows.count(), 50);
+        assert!(windows.iter().all(|w| all.windows(5).any(|x| x == w)));
+        let starts: std::collections::HashSet<&[u32]> = windows.iter().collect();
+        assert!(starts.len() > 5);
+        assert_ne!(windows, calibration_random(&docs, &tokenizer, 50, 5, 2).unwrap());
+        assert!(calibration_random(&docs, &tokenizer, 1, 14, 1).is_err());
+        assert_eq!(calibration_random(&docs, &tokenizer, 1, 13, 1).unwrap().tokens, all[..13]);
+    }
+
+    #[test]
+    fn consecutive_and_packed_windows_drop_the_tail() {
+        let tokenizer = letters();
+        let docs = documents(&["abc", "de"]);
+        let windows = consecutive(&docs, &tokenizer, 3).unwrap();
+        assert_eq!(windows.tokens, tokenizer.encode("abc\n\nd", false).unwrap());
+        assert_eq!(packed(&docs, &tokenizer, 2).unwrap().tokens, [0, 1, 2, 3]);
+        let mut rng = Rng::new(1);
+        let mut shuffled = windows.shuffled(&mut rng).tokens;
+        shuffled.sort_unstable();
+        let mut sorted = windows.tokens.clone();
+        sorted.sort_unstable();
+        assert_eq!(shuffled, sorted);
+        assert_eq!(windows.take(1).tokens, [0, 1, 2]);
+        let error = consecutive(&docs, &tokenizer, 8).unwrap_err().to_string();
+        assert!(error.contains("8 tokens are needed") && error.contains("only 7"), "{error}");
+    }
+}

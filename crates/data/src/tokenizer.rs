@@ -15,7 +15,7 @@ pub use stream::DecodeStream;
 use crate::{Error, Result};
 use ids::SpecialIds;
 use std::path::{Path, PathBuf};
-use crate::store::Checkpoint;
+use store::Checkpoint;
 
 /// A tokenizer with its special ids.
 #[derive(Clone, Debug)]
@@ -90,7 +90,8 @@ impl Tokenizer {
         let vocabulary = gguf::Vocabulary::read(metadata).map_err(|m| Error::file(path, m))?;
         let json = vocabulary.to_json().map_err(|m| Error::file(path, m))?;
         let inner = from_value(&json).map_err(|m| Error::file(path, m))?;
-        let ids = SpecialIds::new(vocabulary.begin, vocabulary.end.into_iter().collect(), None);
+        let template = metadata.get_str("tokenizer.chat_template").map(str::to_string);
+        let ids = SpecialIds::new(vocabulary.begin, vocabulary.end.into_iter().collect(), template);
         Ok(Self { inner, ids, origin: path.to_path_buf() })
     }
 

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
-use store::{Checkpoint, WeightView};
+use store::{Checkpoint, Dtype, WeightView};
 use tensor::{Device, Tensor, host, ops, skinny};
 
 use crate::validate::leaf_name;
@@ -81,7 +81,8 @@ impl CheckpointWeights {
     /// Weights on `device`. With an autodiff device, gradients reach the activations (never the
     /// weights); matrices are then kept as f32 tensors.
     pub fn on(checkpoint: Checkpoint, device: Device) -> Self {
-        let direct = tensor::device("cpu").is_ok_and(|cpu| cpu == device);
+        let cpu = tensor::device("cpu").is_ok_and(|cpu| cpu == device);
+        let direct = cpu && !device.is_autodiff();
         let (vectors, matrices) = Default::default();
         CheckpointWeights { checkpoint, device, direct, vectors, matrices }
     }
@@ -91,14 +92,22 @@ impl CheckpointWeights {
         &self.checkpoint
     }
 
-    fn kept_matrix(&self, name: &Name) -> Result<Tensor<2>> {
-        let mut kept = self.matrices.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(matrix) = kept.get(&name.module) {
-            return Ok(matrix.clone());
-        }
+    fn kept(&self, name: &Name) -> Option<Tensor<2>> {
+        let kept = self.matrices.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.get(&name.module).cloned()
+    }
+
+    fn keep(&self, name: &Name) -> Result<Tensor<2>> {
         let matrix = self.matrix(name)?;
+        let mut kept = self.matrices.lock().unwrap_or_else(PoisonError::into_inner);
         kept.insert(name.module.clone(), matrix.clone());
         Ok(matrix)
+    }
+
+    /// Whether the tensor's stored type is one that products read directly.
+    fn readable(&self, tensor: &str) -> Result<bool> {
+        let dtype = self.checkpoint.info(tensor)?.dtype;
+        Ok(matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16))
     }
 }
 
@@ -106,16 +115,21 @@ impl Weights for CheckpointWeights {
     fn linear(&self, name: &Name, x: Tensor<2>) -> Result<Tensor<2>> {
         check_input(name, &x)?;
         let bias = if name.bias { Some(self.vector(name, Leaf::Bias)?) } else { None };
-        if self.direct && !name.transposed {
-            let view = self.checkpoint.half_view(&name.weight())?;
+        if let Some(matrix) = self.kept(name) {
+            return Ok(ops::linear(x, matrix, bias));
+        }
+        let weight = name.weight();
+        if self.direct && !name.transposed && self.readable(&weight)? {
+            let view = self.checkpoint.half_view(&weight)?;
+            if view.len() != name.shape.iter().product::<usize>() {
+                return Err(shape_error(&self.checkpoint, name));
+            }
+            // Values that could not be borrowed (misaligned, compressed) are better kept as f32.
             if !matches!(view, WeightView::Owned(_)) {
-                if view.len() != name.shape.iter().product::<usize>() {
-                    return Err(shape_error(&self.checkpoint, name));
-                }
                 return Ok(product(name, &view, x, bias, &self.device));
             }
         }
-        Ok(ops::linear(x, self.kept_matrix(name)?, bias))
+        Ok(ops::linear(x, self.keep(name)?, bias))
     }
 
     fn matrix(&self, name: &Name) -> Result<Tensor<2>> {
@@ -159,16 +173,18 @@ impl Weights for CheckpointWeights {
             return Err(Error::Input(format!("`{weight}` has {count} rows, none is {id}")));
         }
         let mut rows = Vec::with_capacity(ids.len() * width);
-        match self.checkpoint.half_view(&weight)? {
-            WeightView::F32(w) => gather(w, ids, width, |v| v, &mut rows),
-            WeightView::F16(w) => gather(w, ids, width, half::f16::to_f32, &mut rows),
-            WeightView::BF16(w) => gather(w, ids, width, half::bf16::to_f32, &mut rows),
-            WeightView::Owned(_) => {
-                // Converting the whole table for every call would be far more work.
-                for &id in ids {
-                    let id = id as usize;
-                    rows.extend(self.checkpoint.f32_rows(&weight, id..id + 1)?);
-                }
+        if self.readable(&weight)? {
+            match self.checkpoint.half_view(&weight)? {
+                WeightView::F32(w) => gather(w, ids, width, |v| v, &mut rows),
+                WeightView::F16(w) => gather(w, ids, width, half::f16::to_f32, &mut rows),
+                WeightView::BF16(w) => gather(w, ids, width, half::bf16::to_f32, &mut rows),
+                WeightView::Owned(w) => gather(&w, ids, width, |v| v, &mut rows),
+            }
+        } else {
+            // Dequantising the whole table for every call would be far more work.
+            for &id in ids {
+                let id = id as usize;
+                rows.extend(self.checkpoint.f32_rows(&weight, id..id + 1)?);
             }
         }
         Ok(host::from_vec(rows, [ids.len(), width], &self.device))

@@ -202,7 +202,7 @@ pub(crate) fn escape(text: &str) -> String {
 /// Escaped text with `code` between backticks.
 fn prose(text: &str) -> String {
     let parts: Vec<&str> = text.split('`').collect();
-    if parts.len() % 2 == 0 {
+    if parts.len().is_multiple_of(2) {
         // An unpaired backtick is only a character.
         return escape(text);
     }

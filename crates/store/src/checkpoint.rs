@@ -354,9 +354,8 @@ fn release(entry: &Entry) {
     if let Source::Map { map, start, len } = &entry.source {
         // SAFETY: the mapping is read-only and backed by a file, so dropped pages come back with
         // the same content when they are touched again. Failure only keeps memory resident.
-        let _ = unsafe {
-            map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, *start, *len)
-        };
+        let _ =
+            unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, *start, *len) };
     }
 }
 

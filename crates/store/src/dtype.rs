@@ -84,9 +84,7 @@ impl Dtype {
     /// Bits per element. Fractional for the block types of GGML (Q4_0: 4.5).
     pub fn bits(self) -> f64 {
         match self {
-            Self::Ggml(kind) => {
-                kind.block_bytes() as f64 * 8.0 / kind.block_size() as f64
-            }
+            Self::Ggml(kind) => kind.block_bytes() as f64 * 8.0 / kind.block_size() as f64,
             plain => f64::from(plain.whole_bits()),
         }
     }
@@ -174,7 +172,8 @@ macro_rules! ggml_types {
         pub enum GgmlType {
             $(
                 #[doc = concat!(
-                    "GGML ", stringify!($variant), ": ", $elements, " element(s) in ", $bytes, " byte(s)."
+                    "GGML ", stringify!($variant), ": ", $elements, " element(s) in ", $bytes,
+                    " byte(s)."
                 )]
                 $variant,
             )*

@@ -17,7 +17,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use memmap2::Mmap;
+use memmap2::{Mmap, MmapMut};
 
 pub use self::dequant::{dequantize, readable};
 pub use self::metadata::{Array, Metadata, Tokenizer, Value};
@@ -60,12 +60,29 @@ pub fn open(file: &Path) -> Result<Gguf> {
     // SAFETY: the map is only read; a file that another process truncates meanwhile can fault, as
     // with every memory-mapped checkpoint.
     let map = unsafe { Mmap::map(&handle) }.map_err(|e| Error::io(file, "map the file", e))?;
+    from_map(Arc::new(map), file)
+}
+
+/// As [`open`], for a file that is in memory already; `file` is a name for messages only.
+///
+/// # Errors
+/// As [`open`].
+pub fn from_bytes(bytes: &[u8], file: &Path) -> Result<Gguf> {
+    let copy = || {
+        let mut map = MmapMut::map_anon(bytes.len())?;
+        map.copy_from_slice(bytes);
+        map.make_read_only()
+    };
+    from_map(Arc::new(copy().map_err(|e| Error::io(file, "copy into memory", e))?), file)
+}
+
+fn from_map(map: Arc<Mmap>, file: &Path) -> Result<Gguf> {
     let header = parse_bytes(&map, file)?;
     if header.metadata.get_u64("split.count").is_some_and(|count| count > 1) {
         return Err(Error::file(file, "is one part of a split GGUF")
             .with_remedy("merge the parts with `llama-gguf-split --merge` first"));
     }
-    assemble(header, &Arc::new(map), file)
+    assemble(header, &map, file)
 }
 
 /// Reads and checks the header at the start of `bytes`, the whole contents of `file` (a name for
@@ -78,14 +95,6 @@ pub fn parse_bytes(bytes: &[u8], file: &Path) -> Result<Header> {
         Some(tensor) => Error::tensor(file, &tensor, fault.reason),
         None => Error::file(file, fault.reason),
     })
-}
-
-/// The `config.json` that the header of a whole file in memory amounts to.
-///
-/// # Errors
-/// As [`Gguf::config`].
-pub fn config_of(header: &Header, bytes: &[u8], file: &Path) -> Result<serde_json::Value> {
-    synthesise(header, bytes).map_err(|reason| Error::file(file, reason))
 }
 
 fn synthesise(header: &Header, bytes: &[u8]) -> std::result::Result<serde_json::Value, String> {
@@ -103,7 +112,8 @@ fn assemble(header: Header, map: &Arc<Mmap>, file: &Path) -> Result<Gguf> {
             let (query, key) =
                 config::heads(&header.metadata).map_err(|reason| Error::file(file, reason))?;
             let size = |heads: u64| {
-                usize::try_from(heads).map_err(|_| Error::file(file, format!("claims {heads} heads")))
+                usize::try_from(heads)
+                    .map_err(|_| Error::file(file, format!("claims {heads} heads")))
             };
             Some((family, Heads { query: size(query)?, key: size(key)? }))
         }

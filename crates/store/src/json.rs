@@ -80,7 +80,8 @@ impl<'de> Visitor<'de> for HeaderVisitor<'_> {
                 return Err(A::Error::custom("appears twice in the header"));
             }
             if name == "__metadata__" {
-                header.metadata = map.next_value_seed(StringMap { at: None, what: "metadata" })?
+                header.metadata = map
+                    .next_value_seed(StringMap { at: None, what: "metadata" })?
                     .into_iter()
                     .collect();
             } else {
@@ -231,10 +232,7 @@ mod tests {
             (r#"{"t":["F32",[1],[0,4]]}"#, "invalid type"),
             (r#"{"t":{"dtype":"F32","shape":[-1]}}"#, "invalid value"),
             (r#"{"t":{"dtype":"F32","shape":[1],"data_offsets":[0,1,2]}}"#, "trailing"),
-            (
-                r#"{"t":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"t":{}}"#,
-                "appears twice",
-            ),
+            (r#"{"t":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"t":{}}"#, "appears twice"),
         ] {
             let error = header(text.as_bytes()).unwrap_err();
             assert_eq!(error.key.as_deref(), Some("t"), "{text}");

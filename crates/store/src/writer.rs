@@ -541,8 +541,19 @@ fn prune(directory: &Path, kept: &HashSet<PathBuf>) -> Result<()> {
 fn is_companion(name: &str) -> bool {
     let extension = Path::new(name).extension().and_then(|e| e.to_str()).unwrap_or_default();
     let weights = [
-        "safetensors", "bin", "pt", "pth", "th", "ckpt", "h5", "msgpack", "onnx", "gguf", "ot",
-        "npz", "tflite",
+        "safetensors",
+        "bin",
+        "pt",
+        "pth",
+        "th",
+        "ckpt",
+        "h5",
+        "msgpack",
+        "onnx",
+        "gguf",
+        "ot",
+        "npz",
+        "tflite",
     ];
     !name.starts_with('.')
         && !weights.contains(&extension.to_lowercase().as_str())

@@ -134,8 +134,7 @@ fn main() -> strata_tensor::Result<()> {
                 let codes: Vec<u8> =
                     (0..out * inputs).map(|i| ((i * 7 + i / 128) % (1 << bits)) as u8).collect();
                 let (scales, zeros) = (vec![0.0625; groups], vec![2.0; groups]);
-                let new =
-                    || LowBit::new(bits, out, inputs, 128, &codes, &scales, &zeros, None);
+                let new = || LowBit::new(bits, out, inputs, 128, &codes, &scales, &zeros, None);
                 let first = new()?;
                 let bytes = first.bytes();
                 let mut sets = vec![first];

@@ -25,6 +25,7 @@ pub mod host;
 pub mod kernels;
 pub mod linalg;
 pub mod lowbit;
+pub mod memory;
 pub mod ops;
 pub mod rng;
 pub mod skinny;

@@ -223,7 +223,8 @@ pub fn inverse_cholesky_upper<T: Real>(
     const WHAT: &str = "inverse Cholesky factor";
     square(WHAT, h, n)?;
     if !(damp_fraction.is_finite() && damp_fraction >= 0.0) {
-        let reason = format!("the damping fraction is {damp_fraction}; use a number >= 0 like 0.01");
+        let reason =
+            format!("the damping fraction is {damp_fraction}; use a number >= 0 like 0.01");
         return Err(numeric(WHAT, reason));
     }
     if let Some(at) = h.par_iter().position_first(|x| !x.to_f64().is_finite()) {

@@ -10,7 +10,8 @@ fn values(count: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     (0..count)
         .map(|_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963);
+            state =
+                state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963);
             ((state >> 40) as f32 / (1u64 << 23) as f32) - 1.0
         })
         .collect()
@@ -162,9 +163,7 @@ fn activations() {
     let mut wide = input(9, 37, 4);
     wide.values.iter_mut().for_each(|v| *v *= 6.0);
     let up = input(9, 37, 5);
-    for activation in
-        [Activation::Relu, Activation::Silu, Activation::Gelu, Activation::GeluTanh]
-    {
+    for activation in [Activation::Relu, Activation::Silu, Activation::Gelu, Activation::GeluTanh] {
         let fused: Op = &|t| ops::activate(t[0].clone(), activation);
         let oracle: Op = &|t| composed::activate(t[0].clone(), activation);
         check(&format!("{activation:?}"), fused, oracle, std::slice::from_ref(&wide));
@@ -289,10 +288,12 @@ fn attention_by_differences() {
 #[test]
 fn attention_rows_without_keys_are_zero() {
     // Without a causal mask queries may lie behind the window of every key.
-    let spec = AttentionSpec { causal: false, window: Some(2), offset: 0, ..spec(1, 6, 6, [1, 1, 2]) };
+    let spec =
+        AttentionSpec { causal: false, window: Some(2), offset: 0, ..spec(1, 6, 6, [1, 1, 2]) };
     let spec = AttentionSpec { keys: 3, ..spec };
     let cpu = device("cpu").unwrap().autodiff();
-    let make = |rows: usize, seed| host::from_vec(values(rows * 2, seed), [rows, 2], &cpu).require_grad();
+    let make =
+        |rows: usize, seed| host::from_vec(values(rows * 2, seed), [rows, 2], &cpu).require_grad();
     let (q, k, v) = (make(6, 1), make(3, 2), make(3, 3));
     let y = ops::attention(q.clone(), k.clone(), v.clone(), &spec);
     assert_eq!(host::into_vec(y.clone())[8..], [0.0; 4]);
@@ -343,7 +344,8 @@ fn logits_that_others_hold_survive_the_loss() {
 #[test]
 fn frozen_tensors_get_no_gradient() {
     let device = device("cpu").unwrap().autodiff();
-    let make = |shape: [usize; 2], seed| host::from_vec(values(shape[0] * shape[1], seed), shape, &device);
+    let make =
+        |shape: [usize; 2], seed| host::from_vec(values(shape[0] * shape[1], seed), shape, &device);
     let embedding = make([11, 6], 1);
     let frozen = make([8, 6], 2);
     let trained = make([8, 6], 3).require_grad();

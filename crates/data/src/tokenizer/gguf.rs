@@ -6,7 +6,7 @@
 use super::convert::{Split, added_token, byte_level, marks, merge_pair};
 use super::sentencepiece::{Algorithm, Kind, Model, Piece};
 use serde_json::{Value, json};
-use crate::store::gguf::Metadata;
+use store::gguf::Metadata;
 
 type Parsed<T> = std::result::Result<T, String>;
 

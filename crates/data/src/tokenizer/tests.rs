@@ -94,3 +94,83 @@ fn errors_name_the_file() {
     let error = Tokenizer::from_dir(dir.path()).unwrap_err().to_string();
     assert!(error.contains("tokenizer.model") && error.contains("not a sentencepiece model"));
 }
+
+fn built(json: &serde_json::Value) -> Tokenizer {
+    Tokenizer::from_json(json.to_string().as_bytes(), None, None).unwrap()
+}
+
+#[test]
+fn a_gguf_vocabulary_with_scores_tokenises_as_sentencepiece() {
+    let Some(data) = shared() else { return };
+    let dir = data.join("stories260k");
+    let bytes = std::fs::read(dir.join("tokenizer.model")).unwrap();
+    let model = sentencepiece::Model::parse(&bytes).unwrap();
+    let vocabulary = gguf::Vocabulary {
+        pieces: model.pieces.clone(),
+        merges: Vec::new(),
+        split: None,
+        begin: Some(1),
+        end: Some(2),
+        add_begin: true,
+        add_end: false,
+        add_space_prefix: true,
+    };
+    let gguf = built(&vocabulary.to_json().unwrap());
+    let file = Tokenizer::from_dir(&dir).unwrap();
+    for text in stories(&data).iter().take(200).map(|t| t.trim()).filter(|t| !t.contains("  ")) {
+        assert_eq!(gguf.encode(text, true).unwrap(), file.encode(text, true).unwrap());
+    }
+    let mut broken = vocabulary;
+    broken.pieces[7].score = f32::INFINITY;
+    assert!(broken.to_json().unwrap_err().contains("piece 7"));
+}
+
+#[test]
+fn a_gguf_vocabulary_with_merges_tokenises_as_byte_level_bpe() {
+    let Some(data) = shared() else { return };
+    let dir = data.join("tokenizers/gpt2");
+    let file = Tokenizer::from_file(&dir.join("tokenizer.json")).unwrap();
+    let merges = std::fs::read_to_string(dir.join("merges.txt")).unwrap();
+    let pieces = (0..file.vocab_size() as u32).map(|id| sentencepiece::Piece {
+        text: file.token_text(id).unwrap(),
+        score: 0.0,
+        kind: if id == 50256 { sentencepiece::Kind::Control } else { sentencepiece::Kind::Normal },
+    });
+    let vocabulary = gguf::Vocabulary {
+        pieces: pieces.collect(),
+        merges: merges.lines().skip(1).filter_map(convert::merge_pair).collect(),
+        split: Some(convert::Split::Gpt2),
+        begin: Some(50256),
+        end: Some(50256),
+        add_begin: false,
+        add_end: false,
+        add_space_prefix: false,
+    };
+    let gguf = built(&vocabulary.to_json().unwrap());
+    for text in stories(&data).iter().take(50) {
+        assert_eq!(gguf.encode(text, true).unwrap(), file.encode(text, true).unwrap());
+    }
+    assert_eq!(gguf.encode("a<|endoftext|>", false).unwrap(), [64, 50256]);
+}
+
+#[test]
+fn the_ids_at_the_ends_come_from_the_configuration() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+    write("vocab.json", r#"{"a": 0, "b": 1, "<s>": 2, "</s>": 3, "<turn>": 4}"#);
+    write("merges.txt", "");
+    write("config.json", r#"{"bos_token_id": 2, "eos_token_id": 3}"#);
+    let ids = |dir: &Path| {
+        let tokenizer = Tokenizer::from_dir(dir).unwrap();
+        (tokenizer.bos(), tokenizer.eos_ids().to_vec())
+    };
+    assert_eq!(ids(dir.path()), (Some(2), vec![3]));
+    write("generation_config.json", r#"{"eos_token_id": [4, 3, 99]}"#);
+    assert_eq!(ids(dir.path()), (Some(2), vec![4, 3]));
+    write("tokenizer_config.json", r#"{"bos_token": {"content": "<s>"}, "add_bos_token": true}"#);
+    let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
+    assert_eq!(tokenizer.encode("ab", true).unwrap(), [2, 0, 1]);
+    assert_eq!(tokenizer.encode("ab", false).unwrap(), [0, 1]);
+    write("config.json", "{");
+    assert!(Tokenizer::from_dir(dir.path()).unwrap_err().to_string().contains("config.json:1"));
+}

@@ -43,7 +43,9 @@ fn missing(path: &Path) -> Error {
     }
     let names = list(&directory).unwrap_or_default();
     match nearest(&wanted, names.iter().map(String::as_str)) {
-        Some(near) => error.with_remedy(format!("did you mean {}?", directory.join(near).display())),
+        Some(near) => {
+            error.with_remedy(format!("did you mean {}?", directory.join(near).display()))
+        }
         None => error.with_remedy("check the path"),
     }
 }
@@ -196,12 +198,8 @@ fn numbered_set(names: &[String]) -> Option<std::result::Result<Vec<String>, Str
 }
 
 fn open_files(directory: &Path, container: Container, names: &[String]) -> Result<Found> {
-    let mut found = Found {
-        directory: directory.to_path_buf(),
-        container,
-        entries: Vec::new(),
-        gguf: None,
-    };
+    let mut found =
+        Found { directory: directory.to_path_buf(), container, entries: Vec::new(), gguf: None };
     for name in names {
         add_file(&mut found, &directory.join(name))?;
     }
@@ -311,8 +309,9 @@ fn open_index(directory: &Path, container: Container, index_name: &str) -> Resul
             }
             if !unseen.remove(name.as_str()) {
                 let reason = format!("is in the shard, but {index_name} does not list it there");
-                return Err(Error::tensor(&path, name, reason)
-                    .with_remedy("the index does not belong to these shards; download both again"));
+                return Err(Error::tensor(&path, name, reason).with_remedy(
+                    "the index does not belong to these shards; download both again",
+                ));
             }
         }
         if let Some(name) = unseen.iter().min() {
@@ -347,12 +346,11 @@ fn shard_path(directory: &Path, index: &Path, shard: &str, tensor: &str) -> Resu
     };
     let root = fs::canonicalize(directory).map_err(|e| Error::io(directory, "resolve", e))?;
     if !real.starts_with(&root) && !in_hub_cache(&root, &real) {
-        let reason = format!(
-            "the shard \"{shown}\" is a link to {}, outside the directory",
-            real.display()
+        let reason =
+            format!("the shard \"{shown}\" is a link to {}, outside the directory", real.display());
+        return Err(
+            Error::tensor(index, tensor, reason).with_remedy("replace the link by the file itself")
         );
-        return Err(Error::tensor(index, tensor, reason)
-            .with_remedy("replace the link by the file itself"));
     }
     if !real.is_file() {
         let reason = format!("the shard \"{shown}\" that should hold it is not a file");

@@ -177,7 +177,15 @@ fn index_that_leaves_the_directory() {
     fs::create_dir(&inside).unwrap();
     put(d.path(), "evil.safetensors", &pair_file(&["a"]));
     let absolute = d.path().join("evil.safetensors");
-    for shard in ["../evil.safetensors", absolute.to_str().unwrap(), "", ".", "x/../../evil.safetensors", "..\\evil.safetensors", "C:evil"] {
+    for shard in [
+        "../evil.safetensors",
+        absolute.to_str().unwrap(),
+        "",
+        ".",
+        "x/../../evil.safetensors",
+        "..\\evil.safetensors",
+        "C:evil",
+    ] {
         put(&inside, INDEX, &index(&[("a", shard)]));
         refused(&inside, &[INDEX, "tensor \"a\"", "outside the directory"]);
     }

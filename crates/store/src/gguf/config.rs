@@ -93,7 +93,8 @@ pub(super) fn synthesise(header: &Header, rope_factors: Option<&[f32]>) -> Resul
     config.insert("vocab_size".into(), json!(vocabulary(header, &fields)?));
     let tied = header.tensor("output.weight").is_none();
     config.insert("tie_word_embeddings".into(), json!(tied));
-    for (key, name) in [("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")]
+    for (key, name) in
+        [("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")]
     {
         if let Some(id) = metadata.get_u32(&format!("tokenizer.ggml.{name}_token_id")) {
             config.insert(key.into(), json!(id));

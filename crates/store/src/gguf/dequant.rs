@@ -58,9 +58,9 @@ fn routine(ty: GgmlType) -> Option<Decode> {
     Some(match ty {
         GgmlType::F32 => |b, o| blocks(b, o, |b, o: &mut [f32; 1]| o[0] = f32::from_le_bytes(*b)),
         GgmlType::F16 => |b, o| blocks(b, o, |b: &[u8; 2], o: &mut [f32; 1]| o[0] = half_at(b, 0)),
-        GgmlType::BF16 => |b, o| {
-            blocks(b, o, |b, o: &mut [f32; 1]| o[0] = bf16::from_le_bytes(*b).to_f32())
-        },
+        GgmlType::BF16 => {
+            |b, o| blocks(b, o, |b, o: &mut [f32; 1]| o[0] = bf16::from_le_bytes(*b).to_f32())
+        }
         GgmlType::Q8_0 => |b, o| blocks(b, o, q8_0),
         GgmlType::Q4_0 => |b, o| blocks(b, o, q4_0),
         GgmlType::Q4_1 => |b, o| blocks(b, o, q4_1),
@@ -195,9 +195,8 @@ fn q6_k(b: &[u8; 210], o: &mut [f32; 256]) {
         for l in 0..32 {
             let first = 8 * part + l / 16;
             let h = high[l];
-            let code = |nibble: u8, shift: u8| {
-                f32::from((nibble | (((h >> shift) & 3) << 4)) as i8 - 32)
-            };
+            let code =
+                |nibble: u8, shift: u8| f32::from((nibble | (((h >> shift) & 3) << 4)) as i8 - 32);
             o[l] = scale(first) * code(low[l] & 15, 0);
             o[l + 32] = scale(first + 2) * code(low[l + 32] & 15, 2);
             o[l + 64] = scale(first + 4) * code(low[l] >> 4, 4);

@@ -95,11 +95,7 @@ fn row_bytes(tensor: &Tensor) -> Result<usize, String> {
 }
 
 /// Row `i` of the result is row `from(i)` of `bytes`.
-fn gather(
-    tensor: &Tensor,
-    bytes: &[u8],
-    from: impl Fn(usize) -> usize,
-) -> Result<Vec<u8>, String> {
+fn gather(tensor: &Tensor, bytes: &[u8], from: impl Fn(usize) -> usize) -> Result<Vec<u8>, String> {
     let width = row_bytes(tensor)?;
     let mut out = Vec::with_capacity(bytes.len());
     for row in 0..tensor.shape[0] {

@@ -159,9 +159,7 @@ fn gpt2_block(part: &str, leaf: &str) -> Option<(&'static str, Change)> {
 fn neox_block(heads: Heads, part: &str) -> Option<(&'static str, Change)> {
     Some(match part {
         "attn_norm" => ("input_layernorm", Change::None),
-        "attn_qkv" => {
-            ("attention.query_key_value", Change::FusedRows { heads: heads.query })
-        }
+        "attn_qkv" => ("attention.query_key_value", Change::FusedRows { heads: heads.query }),
         "attn_output" => ("attention.dense", Change::None),
         "ffn_norm" => ("post_attention_layernorm", Change::None),
         "ffn_up" => ("mlp.dense_h_to_4h", Change::None),
@@ -182,7 +180,10 @@ mod tests {
     fn llama_names() {
         assert_eq!(
             map(Family::Llama, "blk.12.attn_k.weight"),
-            Some(("model.layers.12.self_attn.k_proj.weight".into(), Change::RotaryRows { heads: 2 }))
+            Some((
+                "model.layers.12.self_attn.k_proj.weight".into(),
+                Change::RotaryRows { heads: 2 }
+            ))
         );
         assert_eq!(
             map(Family::Llama, "blk.0.ffn_norm.weight"),

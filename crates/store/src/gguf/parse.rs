@@ -241,11 +241,10 @@ impl<'a> Reader<'a> {
     }
 
     fn take(&mut self, n: usize, what: &str) -> Result<&'a [u8], String> {
-        let slice = self
-            .at
-            .checked_add(n)
-            .and_then(|end| self.bytes.get(self.at..end))
-            .ok_or_else(|| format!("the file ends inside {what} (byte {})", self.bytes.len()))?;
+        let slice =
+            self.at.checked_add(n).and_then(|end| self.bytes.get(self.at..end)).ok_or_else(
+                || format!("the file ends inside {what} (byte {})", self.bytes.len()),
+            )?;
         self.at += n;
         Ok(slice)
     }

@@ -84,9 +84,7 @@ fn unpack_transposed(words: &[u32], rows: usize, columns: usize) -> Vec<u8> {
             let last = (first + TILE).min(columns);
             for (i, order) in ORDER.iter().enumerate() {
                 let start = order * columns;
-                for (k, code) in
-                    codes[start + first..start + last].iter_mut().enumerate()
-                {
+                for (k, code) in codes[start + first..start + last].iter_mut().enumerate() {
                     *code = ((words[(first + k) * per_row + c] >> (4 * i)) & 15) as u8;
                 }
             }

@@ -201,8 +201,10 @@ pub fn parse_config(config: &Value) -> Result<Option<QuantConfig>> {
         "gptq" => parse_gptq(value).map(Some),
         "compressed-tensors" => parse_compressed(value).map(Some),
         "" if value.get("config_groups").is_some() => parse_compressed(value).map(Some),
-        other => Err(Error::config(format!("quant_method \"{other}\" is not one that Strata reads"))
-            .with_remedy("known are awq, gptq and compressed-tensors")),
+        other => {
+            Err(Error::config(format!("quant_method \"{other}\" is not one that Strata reads"))
+                .with_remedy("known are awq, gptq and compressed-tensors"))
+        }
     }
 }
 
@@ -277,8 +279,10 @@ fn parse_compressed(value: &Value) -> Result<QuantConfig> {
     for (name, group) in groups {
         let format = field(group, &["format"]).and_then(Value::as_str).unwrap_or(outer);
         if format != "pack-quantized" {
-            return Err(Error::config(format!("compressed-tensors format \"{format}\" is not read"))
-                .with_remedy("known is pack-quantized"));
+            return Err(Error::config(format!(
+                "compressed-tensors format \"{format}\" is not read"
+            ))
+            .with_remedy("known is pack-quantized"));
         }
         let weights = field(group, &["weights"])
             .ok_or_else(|| Error::config(format!("\"{name}\" does not quantise weights")))?;

@@ -22,7 +22,9 @@ pub(super) fn matrix<'a>(
     let info = checkpoint.info(&format!("{module}.{leaf}"))?;
     match info.shape.as_slice() {
         [rows, columns] => Ok((info, [*rows, *columns])),
-        other => Err(bad(info, format!("has the shape {other:?}, where two dimensions are needed"))),
+        other => {
+            Err(bad(info, format!("has the shape {other:?}, where two dimensions are needed")))
+        }
     }
 }
 

@@ -75,11 +75,8 @@ pub(super) fn unpack(
     let (zeros_info, [groups, _]) = matrix(checkpoint, module, "qzeros")?;
     let (scales_info, _) = matrix(checkpoint, module, "scales")?;
     let index_name = format!("{module}.g_idx");
-    let index = if checkpoint.contains(&index_name) {
-        Some(checkpoint.i32(&index_name)?)
-    } else {
-        None
-    };
+    let index =
+        if checkpoint.contains(&index_name) { Some(checkpoint.i32(&index_name)?) } else { None };
     let total_bits = packed.checked_mul(32).ok_or_else(|| bad(info, "is too large"))?;
     // With the group index the number of bits follows from the shapes, whatever the configuration
     // says about this module.

@@ -1,6 +1,5 @@
 //! Layouts against words computed by hand and against each other's pitfalls.
 
-
 use serde_json::{Value, json};
 
 use super::*;
@@ -283,7 +282,8 @@ fn inconsistent_modules_are_refused() {
             assert!(unpack(layout, &ck, "p", &config).is_err());
             let mut broken = tensors.clone();
             let width = broken[i].1.bits() as usize / 8;
-            broken[i].3.extend(vec![0; width * broken[i].2.last().unwrap()]);
+            let more = width * broken[i].2.last().unwrap();
+            broken[i].3.extend(vec![0; more]);
             broken[i].2 = match broken[i].2[..] {
                 [a, b] => vec![a + 1, b],
                 _ => vec![broken[i].3.len() / width],
@@ -385,12 +385,53 @@ fn mixed_grids_are_told_apart() {
     tensors.extend(pack(Layout::CompressedTensors, "a.o", &wide).unwrap());
     let (_d, ck) = store(tensors);
     let mut config = config_of(Layout::CompressedTensors, &narrow);
-    let scheme =
-        Scheme { bits: 8, group_size: Some(64), symmetric: wide.symmetric };
+    let scheme = Scheme { bits: 8, group_size: Some(64), symmetric: wide.symmetric };
     // By full name, and by a pattern that is not interpreted: the shapes tell.
     for target in ["a.o", "re:.*o"] {
         config.overrides = vec![(target.into(), scheme.clone())];
         assert_eq!(unpack(config.layout, &ck, "a.o", &config).unwrap().codes, wide.codes);
         assert_eq!(unpack(config.layout, &ck, "a.q", &config).unwrap().codes, narrow.codes);
+    }
+}
+
+/// Words of all positions in one number.
+fn checksum(tensors: &[PackedTensor], leaf: &str) -> (Vec<usize>, u32) {
+    let (_, _, shape, bytes) = tensors.iter().find(|t| t.0.ends_with(leaf)).unwrap();
+    let (words, _) = bytes.as_chunks::<4>();
+    let sum = words.iter().enumerate().fold(0u32, |sum, (i, word)| {
+        sum.wrapping_add(u32::from_le_bytes(*word).wrapping_mul(2 * i as u32 + 1))
+    });
+    (shape.clone(), sum)
+}
+
+/// The same codes and zero points packed by `pack_to_int32` of compressed-tensors 0.19.
+#[test]
+fn agrees_with_compressed_tensors() {
+    let golden: [(u8, [usize; 2], u32, [usize; 2], u32); 7] = [
+        (2, [10, 2], 0x66F706F4, [1, 3], 0x0029C9C4),
+        (3, [10, 3], 0xC2B1E40B, [1, 3], 0xBD880D38),
+        (4, [10, 3], 0xB3230401, [2, 3], 0x5C2902C0),
+        (5, [10, 4], 0xFA5F7560, [2, 3], 0x3F954932),
+        (6, [10, 5], 0x4C09ACB3, [2, 3], 0xF145144A),
+        (7, [10, 6], 0x160CE61F, [3, 3], 0x1BDF0DCB),
+        (8, [10, 6], 0x02D67720, [3, 3], 0x815F903C),
+    ];
+    for (bits, shape, words, zeros_shape, zeros) in golden {
+        let levels = 1usize << bits;
+        let cells = |columns: usize| (0..10).flat_map(move |o| (0..columns).map(move |k| (o, k)));
+        let m = QuantizedMatrix {
+            bits,
+            group_size: 8,
+            out_features: 10,
+            in_features: 24,
+            codes: cells(24).map(|(o, k)| ((o * 7 + k * 3 + o * k) % levels) as u8).collect(),
+            scales: vec![0.5; 30],
+            zeros: cells(3).map(|(o, g)| ((o + 3 * g + 1) % levels) as u8).collect(),
+            symmetric: false,
+            group_index: None,
+        };
+        let tensors = pack(Layout::CompressedTensors, "p", &m).unwrap();
+        assert_eq!(checksum(&tensors, "weight_packed"), (shape.to_vec(), words), "{bits} bits");
+        assert_eq!(checksum(&tensors, "zero_point"), (zeros_shape.to_vec(), zeros), "{bits} bits");
     }
 }

@@ -116,9 +116,10 @@ fn find_directory(file: &[u8]) -> Result<(u64, usize, usize), String> {
         .find(|&at| {
             let mut cursor = Cursor { bytes: file, at };
             cursor.take(4).is_ok_and(|magic| magic == END)
-                && cursor.skip(16).and_then(|()| cursor.number::<2>()).is_ok_and(|comment| {
-                    comment == (file.len() - at - 22) as u64
-                })
+                && cursor
+                    .skip(16)
+                    .and_then(|()| cursor.number::<2>())
+                    .is_ok_and(|comment| comment == (file.len() - at - 22) as u64)
         })
         .ok_or(MISSING)?;
     let mut cursor = Cursor { bytes: file, at: end + 4 };

@@ -263,9 +263,10 @@ fn checked(mut view: View) -> Result<View, String> {
     let (Some(elements), Some(nbytes)) = (elements, nbytes) else {
         return Err(format!("a tensor of impossible shape {:?}", view.shape));
     };
-    let last = view.shape.iter().zip(&view.strides).try_fold(view.offset, |last, (&size, &stride)| {
-        last.checked_add(size.saturating_sub(1).checked_mul(stride)?)
-    });
+    let last =
+        view.shape.iter().zip(&view.strides).try_fold(view.offset, |last, (&size, &stride)| {
+            last.checked_add(size.saturating_sub(1).checked_mul(stride)?)
+        });
     let inside = elements == 0 || last.is_some_and(|last| last < available);
     if !inside {
         return Err(format!(

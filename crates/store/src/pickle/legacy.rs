@@ -14,7 +14,8 @@ const PROTOCOL: i64 = 1001;
 /// Reads a legacy file, the whole of `bytes`.
 pub(super) fn parse(bytes: &[u8]) -> Result<Object<'_>, String> {
     let mut at = 0;
-    let magic = machine::load(bytes, &mut at).map_err(|reason| format!("{reason}; {}", guess(bytes)))?;
+    let magic =
+        machine::load(bytes, &mut at).map_err(|reason| format!("{reason}; {}", guess(bytes)))?;
     match magic.get(magic.root) {
         Value::Wide(number) if **number == MAGIC => {}
         _ => return Err("is a plain pickle, not a file of torch.save".into()),
@@ -47,8 +48,7 @@ fn guess(bytes: &[u8]) -> &'static str {
 fn big_endian(system: &Heap<'_>) -> bool {
     let Value::Dict(pairs) = system.get(system.root) else { return false };
     pairs.iter().any(|&(key, value)| {
-        system.text(key) == Some("little_endian")
-            && matches!(system.get(value), Value::Bool(false))
+        system.text(key) == Some("little_endian") && matches!(system.get(value), Value::Bool(false))
     })
 }
 
@@ -82,9 +82,9 @@ fn place(
             _ => keys.text(key).ok_or("a storage key that is no text")?.to_owned(),
         };
         let shown = shorten(&key);
-        let storage = wanted
-            .get(key.as_str())
-            .ok_or_else(|| format!("storage {shown} belongs to no tensor, so its size is unknown"))?;
+        let storage = wanted.get(key.as_str()).ok_or_else(|| {
+            format!("storage {shown} belongs to no tensor, so its size is unknown")
+        })?;
         let cut = || format!("storage {shown} is cut short; the file may be truncated");
         let head = bytes.get(at..).and_then(|rest| rest.first_chunk::<8>()).ok_or_else(cut)?;
         let count = i64::from_le_bytes(*head);

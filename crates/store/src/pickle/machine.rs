@@ -108,8 +108,19 @@ impl<'a> Machine<'a> {
             }
 
             b')' => self.push(EMPTY_TUPLE)?,
-            b't' | 0x85..=0x87 | b']' | b'l' | b'a' | b'e' | b'}' | b'd' | b's' | b'u' | 0x8f
-            | 0x90 | 0x91 => self.container(opcode)?,
+            b't'
+            | 0x85..=0x87
+            | b']'
+            | b'l'
+            | b'a'
+            | b'e'
+            | b'}'
+            | b'd'
+            | b's'
+            | b'u'
+            | 0x8f
+            | 0x90
+            | 0x91 => self.container(opcode)?,
 
             b'p' | b'q' | b'r' | 0x94 | b'g' | b'h' | b'j' => self.memory(opcode)?,
 
@@ -178,7 +189,8 @@ impl<'a> Machine<'a> {
                 old_text(self.take(n)?)
             }
             b'X' | 0x8c | 0x8d => {
-                let n = self.length(if opcode == b'X' { 4 } else { 1 + 7 * usize::from(opcode & 1) })?;
+                let n =
+                    self.length(if opcode == b'X' { 4 } else { 1 + 7 * usize::from(opcode & 1) })?;
                 let raw = self.take(n)?;
                 match std::str::from_utf8(raw) {
                     Ok(text) => Value::Text(text.into()),

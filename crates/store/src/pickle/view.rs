@@ -113,7 +113,7 @@ mod tests {
         assert_eq!(get(view(1, &[2, 2], &[12, 1])), [1, 2, 13, 14]); // columns of a wider matrix
         assert_eq!(get(view(5, &[3], &[0])), [5, 5, 5]); // expanded
         assert_eq!(get(view(0, &[2, 2, 2], &[12, 2, 6])), [0, 6, 2, 8, 12, 18, 14, 20]);
-        assert_eq!(get(view(7, &[0, 4], &[4, 1])), []);
+        assert!(get(view(7, &[0, 4], &[4, 1])).is_empty());
         assert!(view(23, &[2], &[1]).gather(&bytes).is_err());
     }
 

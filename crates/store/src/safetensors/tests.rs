@@ -95,8 +95,7 @@ fn duplicate_tensor() {
 }
 
 fn one(dtype: &str, shape: &str, offsets: &str, data: usize) -> Vec<u8> {
-    let text =
-        format!(r#"{{"w":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}}}}}"#);
+    let text = format!(r#"{{"w":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}}}}}"#);
     file(&text, &vec![0; data])
 }
 
@@ -124,7 +123,11 @@ fn size_does_not_match_dtype_and_shape() {
 #[test]
 fn offsets_out_of_range_or_backwards() {
     refused(&one("F32", "[2]", "[0,8]", 7), Some("w"), "lie outside");
-    refused(&one("U8", "[1]", "[18446744073709551614,18446744073709551615]", 8), Some("w"), "lie outside");
+    refused(
+        &one("U8", "[1]", "[18446744073709551614,18446744073709551615]", 8),
+        Some("w"),
+        "lie outside",
+    );
     refused(&one("F32", "[2]", "[8,0]", 8), Some("w"), "run backwards");
 }
 
@@ -185,7 +188,8 @@ pub(crate) struct Lcg(pub(crate) u64);
 
 impl Lcg {
     pub(crate) fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) as usize % n
     }
 }

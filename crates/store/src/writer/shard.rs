@@ -134,8 +134,7 @@ impl Shard {
                 .write(true)
                 .open(&lane.path)
                 .map_err(|e| Error::io(&lane.path, "open", e))?;
-            let there =
-                file.metadata().map_err(|e| Error::io(&lane.path, "inspect", e))?.len();
+            let there = file.metadata().map_err(|e| Error::io(&lane.path, "inspect", e))?.len();
             if there < wanted {
                 let reason = format!("holds {there} bytes where the journal has {wanted}");
                 return Err(Error::file(&lane.path, reason)
@@ -157,9 +156,8 @@ impl Shard {
         let tensors = self.tensors(target)?;
         let mut header = safetensors::header_bytes(target, metadata, &tensors, 0)?;
         let [main, rest @ ..] = &self.lanes;
-        let in_place = self.total() > COPY_BELOW
-            && header.len() as u64 <= RESERVE
-            && !main.tensors.is_empty();
+        let in_place =
+            self.total() > COPY_BELOW && header.len() as u64 <= RESERVE && !main.tensors.is_empty();
         let failed = |e| Error::io(target, "write", e);
         let mut file = if in_place {
             header = safetensors::header_bytes(target, metadata, &tensors, RESERVE as usize)?;
@@ -179,10 +177,8 @@ impl Shard {
         for lane in rest {
             lane.copy_to(&mut file)?;
         }
-        let (written, wanted) = (
-            file.metadata().map_err(failed)?.len(),
-            header.len() as u64 + self.total(),
-        );
+        let (written, wanted) =
+            (file.metadata().map_err(failed)?.len(), header.len() as u64 + self.total());
         if written != wanted {
             let reason = format!("has {written} bytes where {wanted} were to be written");
             return Err(Error::file(target, reason));

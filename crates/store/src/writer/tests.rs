@@ -118,8 +118,7 @@ fn result_is_a_valid_checkpoint() {
         assert_eq!(shards.len() > 1, files.contains_key(shard::INDEX));
         for file in &shards {
             assert_eq!(safetensors::metadata(file).unwrap()["format"], "pt");
-            let data: u64 =
-                ck.infos().filter(|i| i.file == **file).map(|i| i.nbytes).sum();
+            let data: u64 = ck.infos().filter(|i| i.file == **file).map(|i| i.nbytes).sum();
             assert!(data <= max || ck.infos().filter(|i| i.file == **file).count() == 1);
         }
         if shards.len() > 1 {
@@ -218,11 +217,8 @@ fn killed_between_the_last_renames() {
     let work = partial.join(WORK);
     fs::create_dir(&work).unwrap();
     let mut journal = Journal::new(&work);
-    let begin = Line::Begin {
-        format: journal::FORMAT,
-        fingerprint: "job 1".into(),
-        max_shard_size: 60,
-    };
+    let begin =
+        Line::Begin { format: journal::FORMAT, fingerprint: "job 1".into(), max_shard_size: 60 };
     journal.begin(&begin).unwrap();
     journal.end().unwrap();
     complete(run(&out, options(60), usize::MAX));
@@ -304,8 +300,7 @@ fn inputs_are_never_written() {
     let input = d.path().join("model");
     fs::create_dir(&input).unwrap();
     for out in [input.clone(), input.join("out"), d.path().to_path_buf()] {
-        let options =
-            WriteOptions { inputs: vec![input.clone()], overwrite: true, ..options(60) };
+        let options = WriteOptions { inputs: vec![input.clone()], overwrite: true, ..options(60) };
         let message = run(&out, options, usize::MAX).unwrap_err().to_string();
         assert!(message.contains("input"), "{message}");
     }
@@ -353,7 +348,8 @@ fn companions_are_carried_and_scratch_survives_a_kill() {
     let d = tempfile::tempdir().unwrap();
     let from = d.path().join("from");
     fs::create_dir_all(from.join("sub")).unwrap();
-    for name in ["config.json", "tokenizer.model", "model.safetensors", "x.bin", ".git", "skip.me"] {
+    for name in ["config.json", "tokenizer.model", "model.safetensors", "x.bin", ".git", "skip.me"]
+    {
         fs::write(from.join(name), name).unwrap();
     }
     fs::write(from.join(shard::INDEX), "{}").unwrap();

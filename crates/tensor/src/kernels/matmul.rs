@@ -61,30 +61,50 @@ pub fn matmul(shape: [usize; 3], a: Matrix, b: Matrix, scale: f32, c: Output) {
         unsafe { product(shape, a, b, scale, c.data.as_mut_ptr(), c.row, c.accumulate) }
         return;
     }
-    // Pieces are multiples of the micro-kernel's tile, twice as many as threads so that a core
-    // that is held up elsewhere does not hold up the product.
+    // Twice as many pieces as threads, so that a core that is held up elsewhere does not hold up the
+    // product.
     let pieces = 2 * threads;
     let destination = Shared(c.data.as_mut_ptr());
     let (row, accumulate) = (c.row, c.accumulate);
-    if n >= m {
-        let width = n.div_ceil(pieces).next_multiple_of(48);
-        (0..n.div_ceil(width)).into_par_iter().for_each(|piece| {
-            let start = piece * width;
-            let shape = [m, width.min(n - start), k];
+    if by_columns(shape, &a, &b, pieces) {
+        let cuts = cuts(n, COLUMN_TILE, pieces);
+        (0..cuts.len() - 1).into_par_iter().with_max_len(1).for_each(|piece| {
+            let (start, end) = (cuts[piece], cuts[piece + 1]);
+            let shape = [m, end - start, k];
             let b = Matrix { data: &b.data[start * b.column..], ..b };
             // SAFETY: in bounds by `check`; pieces are disjoint columns.
             unsafe { product(shape, a, b, scale, destination.at(start), row, accumulate) }
         });
     } else {
-        let height = m.div_ceil(pieces).next_multiple_of(8);
-        (0..m.div_ceil(height)).into_par_iter().for_each(|piece| {
-            let start = piece * height;
-            let shape = [height.min(m - start), n, k];
+        let cuts = cuts(m, ROW_TILE, pieces);
+        (0..cuts.len() - 1).into_par_iter().with_max_len(1).for_each(|piece| {
+            let (start, end) = (cuts[piece], cuts[piece + 1]);
+            let shape = [end - start, n, k];
             let a = Matrix { data: &a.data[start * a.row..], ..a };
             // SAFETY: in bounds by `check`; pieces are disjoint rows.
             unsafe { product(shape, a, b, scale, destination.at(start * row), row, accumulate) }
         });
     }
+}
+
+/// The micro-kernel's tile with AVX-512; pieces are multiples of it.
+const COLUMN_TILE: usize = 48;
+const ROW_TILE: usize = 8;
+
+/// Whether to split the output by columns rather than by rows, as measured: every piece packs the
+/// whole of the operand that is not split, which is dear if that one is stored transposed.
+fn by_columns([m, n, _]: [usize; 3], a: &Matrix, b: &Matrix, pieces: usize) -> bool {
+    let plain = a.column == 1 && b.column == 1;
+    let tall = m > 16 * n;
+    let (columns, rows) = (n.div_ceil(COLUMN_TILE), m.div_ceil(ROW_TILE));
+    if columns < pieces || rows < pieces { columns >= rows } else { !plain && !tall }
+}
+
+/// Where to cut `length` into at most `pieces` pieces of whole tiles, as equal as can be.
+fn cuts(length: usize, tile: usize, pieces: usize) -> Vec<usize> {
+    let tiles = length.div_ceil(tile);
+    let pieces = pieces.min(tiles).max(1);
+    (0..=pieces).map(|piece| (piece * tiles / pieces * tile).min(length)).collect()
 }
 
 /// [`matmul`] on the calling thread alone, for pieces of work that are already parallel.
@@ -159,6 +179,13 @@ pub(crate) unsafe fn product(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn cuts_cover_once() {
+        assert_eq!(cuts(288, 48, 4), [0, 48, 144, 192, 288]);
+        assert_eq!(cuts(10, 48, 4), [0, 10]);
+        assert_eq!(cuts(17, 8, 4), [0, 8, 16, 17]);
+    }
 
     #[test]
     fn pieces_agree_with_the_definition() {

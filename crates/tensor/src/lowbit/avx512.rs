@@ -33,7 +33,8 @@ trait Codec {
 #[target_feature(enable = "avx512f")]
 fn table16(scale: f32, zero: f32, mask: i32, add: i32) -> __m512 {
     let index = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    let code = _mm512_add_epi32(_mm512_and_si512(index, _mm512_set1_epi32(mask)), _mm512_set1_epi32(add));
+    let code =
+        _mm512_add_epi32(_mm512_and_si512(index, _mm512_set1_epi32(mask)), _mm512_set1_epi32(add));
     values(code, [_mm512_set1_ps(scale), _mm512_set1_ps(zero)])
 }
 

@@ -142,7 +142,8 @@ impl LowBit {
             .enumerate()
             .all(|(slot, &c)| if slot < inputs { c as usize == slot } else { c == NO_COLUMN });
         let row_bytes = slots / BLOCK * layout::block_bytes(bits);
-        let Some(bytes) = row_bytes.checked_mul(out).and_then(|b| b.checked_add(64 + layout::SLACK))
+        let Some(bytes) =
+            row_bytes.checked_mul(out).and_then(|b| b.checked_add(64 + layout::SLACK))
         else {
             return refuse(format!("[{out}, {inputs}] does not fit in memory"));
         };
@@ -235,14 +236,7 @@ impl LowBit {
         w
     }
 
-    fn linear_with(
-        &self,
-        isa: Isa,
-        x: &[f32],
-        rows: usize,
-        bias: Option<&[f32]>,
-        y: &mut [f32],
-    ) {
+    fn linear_with(&self, isa: Isa, x: &[f32], rows: usize, bias: Option<&[f32]>, y: &mut [f32]) {
         let (out, slots) = (self.out, self.slots);
         assert_eq!(
             Some(x.len()),
@@ -370,11 +364,7 @@ impl LowBit {
 
 /// Gives the column of every slot and the group of every vector of slots: the groups one after the
 /// other, each filled up to whole vectors, the row filled up to whole blocks.
-fn arrange(
-    inputs: usize,
-    groups: usize,
-    group_of: impl Fn(usize) -> u32,
-) -> (Vec<u32>, Vec<u32>) {
+fn arrange(inputs: usize, groups: usize, group_of: impl Fn(usize) -> u32) -> (Vec<u32>, Vec<u32>) {
     let mut members: Vec<Vec<u32>> = vec![Vec::new(); groups];
     for k in 0..inputs {
         members[group_of(k) as usize].push(k as u32);

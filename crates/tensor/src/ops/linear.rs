@@ -5,7 +5,7 @@ use super::composed;
 use super::record::{Buffer, Call, Operand};
 use crate::Tensor;
 use crate::kernels::simd::{add_into, scratch};
-use crate::kernels::{Matrix, Output, matmul};
+use crate::kernels::{Matrix, Output, linear_f32, matmul};
 
 /// `x wᵀ + bias` for `x [tokens, in]`, `w [out, in]`, `bias [out]`.
 ///
@@ -51,12 +51,19 @@ pub fn linear(x: Tensor<2>, w: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> 
     })
 }
 
+/// Up to here the weights are streamed once instead of packed for a matrix product.
+const FEW_ROWS: usize = 16;
+
 fn forward(x: &[f32], w: &[f32], bias: Option<&[f32]>, [tokens, outer]: [usize; 2]) -> Vec<f32> {
     let mut y = scratch(tokens * outer);
     if y.is_empty() {
         return y;
     }
     let inner = w.len() / outer;
+    if tokens <= FEW_ROWS {
+        linear_f32(x, tokens, w, outer, inner, bias, &mut y);
+        return y;
+    }
     if let Some(bias) = bias {
         y.chunks_exact_mut(outer).for_each(|row| row.copy_from_slice(bias));
     }

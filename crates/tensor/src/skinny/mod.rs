@@ -94,7 +94,11 @@ unsafe impl Sync for Output {}
 
 impl Output {
     pub(crate) fn new(y: &mut [f32], rows: usize, out: usize) -> Self {
-        assert_eq!(Some(y.len()), rows.checked_mul(out), "y must hold [rows, out] = [{rows}, {out}]");
+        assert_eq!(
+            Some(y.len()),
+            rows.checked_mul(out),
+            "y must hold [rows, out] = [{rows}, {out}]"
+        );
         Self { pointer: y.as_mut_ptr(), out }
     }
 
@@ -392,7 +396,9 @@ mod tests {
         let [out, inputs] = shape;
         for r in 0..rows {
             for o in 0..out {
-                let terms = || (0..inputs).map(|k| f64::from(x[r * inputs + k]) * f64::from(w[o * inputs + k]));
+                let terms = || {
+                    (0..inputs).map(|k| f64::from(x[r * inputs + k]) * f64::from(w[o * inputs + k]))
+                };
                 let exact = terms().sum::<f64>() + f64::from(bias[o]);
                 let size = terms().map(f64::abs).sum::<f64>() + f64::from(bias[o].abs());
                 let bound = (inputs as f64 / 8.0 + 8.0) * f64::from(f32::EPSILON) * size;
