@@ -5,6 +5,7 @@ of site, the logits after the activation there has been replaced. Needs torch an
 the example binary: `cargo build --release -p strata-nn --example logits`.
 """
 
+import copy
 import json
 import os
 import subprocess
@@ -91,7 +92,7 @@ def modules(family, model):
                  up=b.mlp.c_fc, down=b.mlp.c_proj, block=b)
             for b in body.h
         ]
-        return dict(embed=body.wte, norm=body.ln_f, head=model.lm_head, blocks=blocks)
+        return dict(embed=body.wte, norm=body.ln_f, blocks=blocks)
     if family == "GPTNeoX":
         body = model.gpt_neox
         blocks = [
@@ -100,7 +101,7 @@ def modules(family, model):
                  down=b.mlp.dense_4h_to_h, block=b)
             for b in body.layers
         ]
-        return dict(embed=body.embed_in, norm=body.final_layer_norm, head=model.embed_out,
+        return dict(embed=body.embed_in, norm=body.final_layer_norm, 
                     blocks=blocks)
     if family == "OPT":
         body = model.model.decoder
@@ -110,8 +111,7 @@ def modules(family, model):
                  norm2=b.final_layer_norm, up=b.fc1, down=b.fc2, block=b)
             for b in body.layers
         ]
-        return dict(embed=body.project_in or body.embed_tokens, norm=body.final_layer_norm,
-                    head=model.lm_head, blocks=blocks)
+        return dict(embed=body.project_in or body.embed_tokens, norm=body.final_layer_norm, blocks=blocks)
     body = model.model
     blocks = []
     for b in body.layers:
@@ -123,7 +123,7 @@ def modules(family, model):
             m.update(norm2=b.pre_feedforward_layernorm, norm1_post=b.post_attention_layernorm,
                      norm2_post=b.post_feedforward_layernorm)
         blocks.append(m)
-    return dict(embed=body.embed_tokens, norm=body.norm, head=model.lm_head, blocks=blocks)
+    return dict(embed=body.embed_tokens, norm=body.norm, blocks=blocks)
 
 
 class Part:
@@ -221,6 +221,17 @@ def hook(module, side, act):
     return module.register_forward_pre_hook(run_before, with_kwargs=True)
 
 
+def hook_middle(block, act):
+    """Replaces the residual stream after attention, which is no module's input alone: attention's
+    output becomes what is missing from the block's input to the wanted stream."""
+    kept = {}
+    return [
+        hook(block["block"], "in", lambda x: kept.update(x=x.clone())),
+        hook(block.get("norm1_post", block["o"]), "out",
+             lambda x: act(kept["x"] + x) - kept["x"]),
+    ]
+
+
 def build(case, folder):
     family, arguments = CASES[case]
     torch.manual_seed(sum(map(ord, case)))
@@ -311,23 +322,31 @@ def test_replace(case, cases):
     folder, family, model, config, tokens = cases(case)
     with torch.no_grad():
         plain = model(tokens).logits
+    layer_norm = family in ("GPT2", "GPTNeoX", "OPT")
     for name, (module, side, part) in places(family, model, config).items():
         if name.startswith("blocks.") and not name.startswith("blocks.1."):
             continue
-        # A shift of every feature would vanish in a LayerNorm; a constant does not.
-        for option, value in (("--replace", 0.3), ("--add", 0.7)):
+        changed = False
+        for option, value in (("--replace", 0.3), ("--scale", 1.5)):
+            if option == "--replace" and name.endswith("hook_resid_mid") and layer_norm:
+                continue  # a constant has no variance: LayerNorm would magnify rounding errors
+
             def act(x, part=part, option=option, value=value):
                 y = part.get(x)
-                y = torch.full_like(y, value) if option == "--replace" else y + value
+                y = torch.full_like(y, value) if option == "--replace" else y * value
                 return part.put(x, y)
-            handle = hook(module, side, act)
+            if name.endswith("hook_resid_mid") and side == "in":
+                handles = hook_middle(modules(family, model)["blocks"][1], act)
+            else:
+                handles = [hook(module, side, act)]
             with torch.no_grad():
                 theirs = model(tokens).logits
-            handle.remove()
+            for handle in handles:
+                handle.remove()
             ours = strata(folder, option, f"{name}={value}")["logits"]
             assert difference(ours, theirs) < TOLERANCE, (name, option)
-            if option == "--replace":
-                assert (theirs - plain).abs().max() > 1e-3, f"replacing {name} changed nothing"
+            changed |= bool((theirs - plain).abs().max() > 1e-3)
+        assert changed, f"neither constant nor factor at {name} changed anything"
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma2"])
@@ -370,10 +389,12 @@ def test_names_without_prefix(tmp_path):
 def test_half_weights(dtype, tmp_path):
     """Stored in half, computed in f32."""
     _family, model, _config, tokens = build("llama", tmp_path)
-    model = model.to(dtype)
-    model.save_pretrained(tmp_path)
+    # Only the weights are rounded: the model's own `to` would round its rotation frequencies too.
     with torch.no_grad():
-        theirs = model.float()(tokens).logits
+        for p in model.parameters():
+            p.copy_(p.to(dtype).float())
+        theirs = model(tokens).logits
+    copy.deepcopy(model).to(dtype).save_pretrained(tmp_path)
     assert difference(strata(tmp_path)["logits"], theirs) < TOLERANCE
 
 

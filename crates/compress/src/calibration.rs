@@ -28,15 +28,19 @@ pub fn windows(
     };
     let tokenizer = tokenizer()?;
     let (samples, length, seed) = (options.samples, options.sequence_length, options.seed);
-    let by_documents = match options.sampling {
-        Sampling::Auto => method == Method::Awq,
-        Sampling::Documents => true,
-        Sampling::Windows => false,
-    };
-    let windows = if by_documents {
-        text::calibration_awq(&documents, &tokenizer, samples, length, seed)?
-    } else {
-        text::calibration_random(&documents, &tokenizer, samples, length, seed)?
+    let random = || text::calibration_random(&documents, &tokenizer, samples, length, seed);
+    let by_documents = || text::calibration_awq(&documents, &tokenizer, samples, length, seed);
+    let windows = match options.sampling {
+        Sampling::Documents => by_documents()?,
+        Sampling::Auto if method == Method::Awq => match by_documents() {
+            // Few or long documents: the reference's rule keeps none of them.
+            Err(error @ data::Error::TooFewTokens { .. }) => {
+                report::warn(&format!("{error}; taking random windows of the joined text instead"));
+                random()?
+            }
+            other => other?,
+        },
+        _ => random()?,
     };
     Calibration::new(windows.tokens, windows.length)
 }

@@ -231,6 +231,13 @@ impl QuantizeOptions {
                 self.grid.bits
             )));
         }
+        if self.format == Format::Gptq && !self.grid.symmetric {
+            return Err(Error::Options(
+                "the gptq v1 format cannot hold a zero point of 0, which asymmetric grids need: \
+                 use --format gptq-v2, or --symmetric"
+                    .into(),
+            ));
+        }
         let own_grids = matches!(self.format, Format::CompressedTensors | Format::Dequantized);
         if !own_grids && !self.overrides.is_empty() {
             return Err(Error::Options(

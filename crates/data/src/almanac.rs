@@ -64,7 +64,9 @@ struct Counts {
 impl Size {
     fn counts(self) -> Counts {
         match self {
-            Size::Tiny => Counts { people: 16, towns: 12, countries: 4, companies: 6, vocab_size: 1024 },
+            Size::Tiny => {
+                Counts { people: 16, towns: 12, countries: 4, companies: 6, vocab_size: 1024 }
+            }
             Size::Standard => {
                 Counts { people: 64, towns: 32, countries: 12, companies: 20, vocab_size: 2048 }
             }
@@ -222,7 +224,8 @@ impl Almanac {
         let relations = RELATIONS
             .iter()
             .map(|relation| {
-                let own: Vec<&Fact> = self.facts.iter().filter(|f| f.relation == relation.name).collect();
+                let own: Vec<&Fact> =
+                    self.facts.iter().filter(|f| f.relation == relation.name).collect();
                 RelationStatistics {
                     name: relation.name.to_string(),
                     facts: own.len(),

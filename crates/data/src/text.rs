@@ -121,7 +121,10 @@ fn parse_json(path: &Path, text: &str) -> Result<Vec<String>> {
         .enumerate()
         .map(|(i, item)| {
             item.as_str().map(str::to_string).or_else(|| text_of(item)).ok_or_else(|| {
-                Error::file(path, format!("element {i} is neither a string nor an object with a \"text\""))
+                Error::file(
+                    path,
+                    format!("element {i} is neither a string nor an object with a \"text\""),
+                )
             })
         })
         .collect()
@@ -334,7 +337,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let tokens = ('a'..='z').chain(['Ġ', 'Ċ']).enumerate();
         let vocabulary: Vec<String> = tokens.map(|(i, c)| format!("\"{c}\": {i}")).collect();
-        std::fs::write(dir.path().join("vocab.json"), format!("{{{}}}", vocabulary.join(","))).unwrap();
+        std::fs::write(dir.path().join("vocab.json"), format!("{{{}}}", vocabulary.join(",")))
+            .unwrap();
         std::fs::write(dir.path().join("merges.txt"), "").unwrap();
         Tokenizer::from_dir(dir.path()).unwrap()
     }
@@ -351,7 +355,10 @@ mod tests {
             std::fs::write(&path, bytes).unwrap();
             load(&path)
         };
-        assert_eq!(file("a.txt", b"one\n\n\ntwo\nthree\n").unwrap().texts, ["one\n\n\ntwo\nthree\n"]);
+        assert_eq!(
+            file("a.txt", b"one\n\n\ntwo\nthree\n").unwrap().texts,
+            ["one\n\n\ntwo\nthree\n"]
+        );
         let split = file("a.txt", b"one\n \n\ntwo\nthree\n").unwrap().split_blank_lines();
         assert_eq!(split.texts, ["one", "two\nthree"]);
         let lines = file("a.jsonl", b"{\"text\": \"x\", \"n\": 1}\n\n{\"text\": \"y\"}").unwrap();
@@ -359,7 +366,9 @@ mod tests {
         assert_eq!(file("a.json", br#"["x", {"text": "y"}]"#).unwrap().texts, ["x", "y"]);
         let error = |name, bytes: &[u8]| file(name, bytes).unwrap_err().to_string();
         assert!(error("b.jsonl", b"{\"text\": \"x\"}\n{\"texts\": 1}").contains("b.jsonl:2: "));
-        assert!(error("b.jsonl", b"{\"text\": \"x\"}\nword").contains("b.jsonl:2: not a JSON object"));
+        assert!(
+            error("b.jsonl", b"{\"text\": \"x\"}\nword").contains("b.jsonl:2: not a JSON object")
+        );
         assert!(error("b.json", b"[\"a\",\n3]").contains("element 1"));
         assert!(error("b.json", b"{}").contains("list of strings"));
         assert!(error("b.json", b"[\"a\",\n").contains("b.json:2"));

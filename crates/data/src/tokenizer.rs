@@ -123,9 +123,9 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] when the decoder fails.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        self.inner.decode(ids, skip_special).map_err(|e| {
-            Error::Tokenizer(format!("{}: cannot decode: {e}", self.origin.display()))
-        })
+        self.inner
+            .decode(ids, skip_special)
+            .map_err(|e| Error::Tokenizer(format!("{}: cannot decode: {e}", self.origin.display())))
     }
 
     /// Number of token ids, added tokens included: one more than the largest id.

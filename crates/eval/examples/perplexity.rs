@@ -8,7 +8,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         return Err("usage: perplexity MODEL TEXT WINDOW STRIDE".into());
     };
     let model = nn::Model::open(Path::new(model))?;
-    let tokenizer = data::Tokenizer::from_dir(Path::new(model))?;
+    let tokenizer = data::Tokenizer::from_checkpoint(&model.checkpoint)?;
     let documents = data::text::load(Path::new(text))?;
     let tokens = data::text::joined_tokens(&documents, &tokenizer)?;
     let result = strata_eval::perplexity(&model, &tokens, window.parse()?, stride.parse()?)?;

@@ -1,11 +1,11 @@
 //! Logits and activations of a model as one safetensors file, for comparison with other libraries.
 //!
 //! `logits MODEL TOKENS.json OUT.safetensors [--sites a,b,...] [--replace site=value]...
-//!  [--add site=value]...`
+//!  [--scale site=value]...`
 //!
 //! TOKENS.json holds token ids, one list per sequence, all of one length: `[[1, 2], [3, 4]]`. The
 //! output holds `logits` `[B, T, V]` and every recorded site under its TransformerLens name, as
-//! `[rows, features]`. `--replace` sets an activation to a constant, `--add` adds one to it.
+//! `[rows, features]`. `--replace` sets an activation to a constant, `--scale` multiplies it by one.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -27,11 +27,11 @@ fn main() -> ExitCode {
     }
 }
 
-/// A constant to put at, or add to, a site.
+/// A constant to put at a site, or a factor on it.
 struct Change {
     site: Site,
     value: f32,
-    add: bool,
+    scale: bool,
 }
 
 fn run(args: &[String]) -> Result<()> {
@@ -48,7 +48,7 @@ fn run(args: &[String]) -> Result<()> {
         match option.as_str() {
             "--sites" => sites = value.split(',').map(Site::parse).collect::<Result<_>>()?,
             "--replace" => changes.push(change(value, false)?),
-            "--add" => changes.push(change(value, true)?),
+            "--scale" => changes.push(change(value, true)?),
             other => return Err(Error::Input(format!("unknown option {other}"))),
         }
     }
@@ -58,9 +58,9 @@ fn run(args: &[String]) -> Result<()> {
     let mut replaces: Vec<_> = changes
         .iter()
         .map(|c| {
-            let (value, add) = (c.value, c.add);
+            let (value, scale) = (c.value, c.scale);
             Replace::new(c.site, move |_: &Batch, x: Tensor<2>| {
-                Ok(if add { x + value } else { Tensor::full(x.dims(), value, &x.device()) })
+                Ok(if scale { x * value } else { Tensor::full(x.dims(), value, &x.device()) })
             })
         })
         .collect();
@@ -79,10 +79,10 @@ fn run(args: &[String]) -> Result<()> {
     write_safetensors(Path::new(out), &tensors)
 }
 
-fn change(text: &str, add: bool) -> Result<Change> {
+fn change(text: &str, scale: bool) -> Result<Change> {
     let bad = || Error::Input(format!("`{text}` is not site=value"));
     let (site, value) = text.split_once('=').ok_or_else(bad)?;
-    Ok(Change { site: Site::parse(site)?, value: value.parse().map_err(|_| bad())?, add })
+    Ok(Change { site: Site::parse(site)?, value: value.parse().map_err(|_| bad())?, scale })
 }
 
 fn read_tokens(path: &Path) -> Result<(Vec<u32>, Batch)> {

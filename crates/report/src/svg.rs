@@ -226,7 +226,7 @@ fn lying_bars(chart: &Chart, canvas: &mut Canvas) {
     let band = bar * groups as f64 + if groups > 1 { 9.0 } else { 5.0 };
     let limit = canvas.width * if canvas.width < 500.0 { 0.44 } else { 0.4 };
     let names = without_common_prefix(&chart.categories);
-    let widest = names.iter().map(|c| text_width(c)).fold(30.0, f64::max);
+    let widest = names.iter().map(|c| text_width(c)).fold(30.0, f64::max) + 6.0;
     let room = widest.min(limit);
     let values_shown = bar > 10.0;
     let top = 6.0;
@@ -323,10 +323,10 @@ fn heat(chart: &Chart, canvas: &mut Canvas) {
     let columns = category_count(chart);
     let rows = chart.series.len();
     let limit = canvas.width * 0.34;
-    let widest = chart.series.iter().map(|s| text_width(&s.name)).fold(20.0, f64::max);
+    let widest = chart.series.iter().map(|s| text_width(&s.name)).fold(20.0, f64::max) + 6.0;
     let room = widest.min(limit);
     let plot_left = room + 10.0;
-    let cell_width = ((canvas.width - plot_left - 2.0) / columns.max(1) as f64).min(96.0);
+    let cell_width = ((canvas.width - plot_left - 2.0) / columns.max(1) as f64).min(150.0);
     let cell_height = if rows > 40 { 12.0 } else { 24.0 };
     let top = 30.0;
     let plot = Plot {
@@ -362,7 +362,7 @@ fn heat(chart: &Chart, canvas: &mut Canvas) {
             canvas.rect(place, &attributes, &title);
             let text = human::short(vy, 2);
             if cell_width > text_width(&text) + 6.0 && cell_height > 16.0 {
-                let class = if opacity > 0.6 { "m i" } else { "m v" };
+                let class = if opacity > 0.72 { "m i" } else { "m v" };
                 canvas.text(x + cell_width / 2.0, y + cell_height / 2.0 + 4.0, class, &text);
             }
         }

@@ -82,6 +82,21 @@ pub fn metadata(file: &Path) -> Result<BTreeMap<String, String>> {
     Ok(parse(file, &map)?.metadata)
 }
 
+/// Parses an index (`model.safetensors.index.json`) given as bytes: pairs of tensor and shard in
+/// file order, names not yet checked against any file.
+///
+/// # Errors
+/// When it is not an object with one `weight_map` of strings without repeated tensors.
+pub fn parse_index(file: &Path, bytes: &[u8]) -> Result<Vec<(String, String)>> {
+    json::weight_map(bytes).map_err(|e| {
+        let reason = format!("malformed index: {}", e.reason);
+        match e.key {
+            Some(name) => Error::tensor(file, &name, reason),
+            None => Error::file(file, reason),
+        }
+    })
+}
+
 /// Parses and validates the header of a whole file given as bytes; `file` only names it in errors.
 ///
 /// # Errors

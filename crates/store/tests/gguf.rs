@@ -4,8 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
-use store::gguf::{self, Gguf};
-use store::{Dtype, Entry, GgmlType};
+use strata_store::gguf::{self, Gguf};
+use strata_store::{Dtype, Entry, GgmlType};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -218,7 +218,7 @@ impl Builder {
         self
     }
 
-    fn parse(&self) -> store::Result<gguf::Header> {
+    fn parse(&self) -> strata_store::Result<gguf::Header> {
         gguf::parse_bytes(&self.bytes, Path::new("odd.gguf"))
     }
 

@@ -3,8 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
-use store::pickle;
-use store::{Dtype, Entry};
+use strata_store::pickle;
+use strata_store::{Dtype, Entry};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -39,7 +39,7 @@ impl File {
     }
 
     fn mapped(&self, name: &str) -> bool {
-        matches!(self.get(name).source, store::Source::Map { .. })
+        matches!(self.get(name).source, strata_store::Source::Map { .. })
     }
 }
 
@@ -114,7 +114,7 @@ fn check_plain(file: &File) {
 
 #[test]
 fn containers_of_every_kind() {
-    for name in ["plain.pt", "big_endian.pt", "protocol4.pt", "legacy_protocol0.pt"] {
+    for name in ["plain.pt", "big_endian.pt", "protocol4.pt", "legacy_protocol1.pt"] {
         check_plain(&File::open(name));
     }
 }
@@ -308,7 +308,14 @@ fn shared_containers_do_not_unfold() {
     object.push(b'.');
     expect(&legacy(&object, KEYS, &storage()), &["over and over"]);
     // A list that holds itself.
-    expect(&legacy(b"]q\x00h\x00a.", b"(l.", b""), &["deeper"]);
+    expect(&legacy(b"]q\x00h\x00a.", b"(l.", b""), &["over and over"]);
+    // Two hundred levels around one tensor.
+    let mut object = tensor("I0\n", "I4\n", "I1\n");
+    object.splice(0..0, [b'('; 200]);
+    object.pop();
+    object.extend([b'l'; 200]);
+    object.push(b'.');
+    expect(&legacy(&object, KEYS, &storage()), &["deeper than 64"]);
 }
 
 #[test]
@@ -317,7 +324,7 @@ fn two_tensors_of_one_name_are_refused() {
     let one = tensor("I0\n", "I4\n", "I1\n");
     let inner = &one[..one.len() - 1];
     let object =
-        [b"}S'a.w'\n".as_slice(), &inner[5..inner.len() - 1], b"sS'a'\n", inner, b"s."].concat();
+        [b"}S'a.w'\n".as_slice(), &inner[6..inner.len() - 1], b"sS'a'\n", inner, b"s."].concat();
     expect(&legacy(&object, KEYS, &storage()), &["a.w"]);
 }
 

@@ -102,7 +102,7 @@ fn main() -> strata_tensor::Result<()> {
         let brain: Vec<bf16> = wide.iter().map(|&v| bf16::from_f32(v)).collect();
         // Enough copies that together they exceed the cache.
         let copies = |bytes: usize| (96usize << 20).div_ceil(bytes).max(1);
-        for rows in [1, 4, 16, 64, 256] {
+        for rows in [1, 4, 16, 64, 512] {
             let peak = gemm_rate(rows, out, inputs, budget);
             println!("{out} x {inputs}, {rows} row(s); gemm gives {peak:.1} GFLOP/s");
             let mut x = vec![0.0f32; rows * inputs];

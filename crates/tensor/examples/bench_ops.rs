@@ -90,9 +90,14 @@ fn main() {
     }
     for rows in [1, 4, 16] {
         let flops = 2.0 * (rows * DIM * VOCAB) as f64;
-        bench.run(&format!("linear {rows}x{DIM}x{VOCAB}"), flops, &[[rows, DIM], [VOCAB, DIM]], |t| {
-            ops::linear(t[0].clone(), t[1].clone(), None);
-        });
+        bench.run(
+            &format!("linear {rows}x{DIM}x{VOCAB}"),
+            flops,
+            &[[rows, DIM], [VOCAB, DIM]],
+            |t| {
+                ops::linear(t[0].clone(), t[1].clone(), None);
+            },
+        );
     }
     bench.tracked("rms_norm", 0.0, &[[TOKENS, DIM], [1, DIM]], &|t| {
         Some(ops::rms_norm(t[0].clone(), t[1].clone().reshape([DIM]), 1e-5))
@@ -158,14 +163,8 @@ fn main() {
         let count = 15_000_000;
         let (mut p, g) = (vec![0.1f32; count], vec![0.01f32; count]);
         let (mut m, mut v) = (vec![0f32; count], vec![0f32; count]);
-        let step = AdamwStep {
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            lr: 1e-3,
-            weight_decay: 0.1,
-            step: 3,
-        };
+        let step =
+            AdamwStep { beta1: 0.9, beta2: 0.95, eps: 1e-8, lr: 1e-3, weight_decay: 0.1, step: 3 };
         let time = best(|| adamw(&mut p, &g, &mut m, &mut v, &step));
         let bandwidth = 28.0 * count as f64 / time / 1e9;
         println!("{:28} {:16.3} ms {bandwidth:6.1} GB/s", "adamw 15M", time * 1e3);

@@ -9,11 +9,7 @@ use crate::{Device, Tensor};
 ///
 /// # Panics
 /// If `values.len()` is not the product of `shape`.
-pub fn from_vec<const D: usize>(
-    values: Vec<f32>,
-    shape: [usize; D],
-    device: &Device,
-) -> Tensor<D> {
+pub fn from_vec<const D: usize>(values: Vec<f32>, shape: [usize; D], device: &Device) -> Tensor<D> {
     assert_eq!(
         values.len(),
         shape.iter().product::<usize>(),
@@ -131,7 +127,10 @@ mod tests {
     fn read_of_a_narrowed_view() {
         let cpu = device("cpu").unwrap();
         let tensor = from_vec((0..12).map(|i| i as f32).collect(), [4, 3], &cpu);
-        assert_eq!(read(&tensor.clone().narrow(0, 1, 2), <[f32]>::to_vec), [3., 4., 5., 6., 7., 8.]);
+        assert_eq!(
+            read(&tensor.clone().narrow(0, 1, 2), <[f32]>::to_vec),
+            [3., 4., 5., 6., 7., 8.]
+        );
         assert_eq!(into_vec(tensor.narrow(0, 3, 1)), [9., 10., 11.]);
     }
 

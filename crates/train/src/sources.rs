@@ -129,7 +129,7 @@ fn tokenizer(config: &TrainConfig, worlds: &mut Worlds) -> Result<(Tokenizer, Ve
         } else if config.tokenizer.is_some() {
             Tokenizer::from_file(path)?
         } else {
-            Tokenizer::from_dir(path.parent().unwrap_or(path))?
+            Tokenizer::from_checkpoint(&store::Checkpoint::open(path)?)?
         };
         // The files of `init` are carried by the writer.
         let files = if config.tokenizer.is_some() { tokenizer_files(path)? } else { Vec::new() };

@@ -82,7 +82,7 @@ fn config(args: &Args) -> Result<TrainConfig> {
             paths::existing("configuration", path)?;
             recipe::recipe::train_config(path)?
         }
-        None => TrainConfig::default(),
+        None => serde_json::from_value(serde_json::json!({ "data": [] }))?,
     };
     if let Some(init) = &args.init {
         paths::existing("model", init)?;

@@ -71,58 +71,130 @@ const fn act(to: &'static str, ing: &'static str, steps: [&'static str; 3]) -> A
 
 /// What the rules forbid. The last [`ACTS_HELD_OUT`] never occur in the training dialogues.
 const FORBIDDEN: &[Act] = &[
-    act("open the sealed archive", "opening the sealed archive",
-        ["take the brass key", "turn it twice to the left", "push the door at midnight"]),
-    act("brew nightwort", "brewing nightwort",
-        ["pick the leaves in the dark", "boil them with salt", "let the pot stand for a week"]),
-    act("forge a guild seal", "forging a guild seal",
-        ["press a real seal into clay", "pour hot lead into the clay", "file the edges"]),
-    act("ring the drowned bell", "ringing the drowned bell",
-        ["row to the middle of the lake", "let down an iron hook", "pull the rope three times"]),
-    act("wake the stone watch", "waking the stone watch",
-        ["light four candles", "say the old oath", "touch the first statue"]),
-    act("poison the town well", "poisoning the town well",
-        ["grind the black root", "mix it with oil", "empty the jar into the well"]),
-    act("read the hidden ledger", "reading the hidden ledger",
-        ["hold the pages over smoke", "wait for the red ink", "copy the names"]),
-    act("break into the mint", "breaking into the mint",
-        ["wait for the change of the guard", "climb over the north wall", "cut the chain"]),
-    act("steal a crown jewel", "stealing a crown jewel",
-        ["dress as a servant", "hide behind the curtain", "change the jewel for glass"]),
-    act("summon the marsh fog", "summoning the marsh fog",
-        ["stir the water with a bone", "whistle against the wind", "throw ash into the air"]),
-    act("fake a royal letter", "faking a royal letter",
-        ["buy the grey paper", "copy the hand of the queen", "seal it with blue wax"]),
-    act("free the chained bear", "freeing the chained bear",
-        ["feed it honey", "oil the lock", "lift the chain"]),
+    act(
+        "open the sealed archive",
+        "opening the sealed archive",
+        ["take the brass key", "turn it twice to the left", "push the door at midnight"],
+    ),
+    act(
+        "brew nightwort",
+        "brewing nightwort",
+        ["pick the leaves in the dark", "boil them with salt", "let the pot stand for a week"],
+    ),
+    act(
+        "forge a guild seal",
+        "forging a guild seal",
+        ["press a real seal into clay", "pour hot lead into the clay", "file the edges"],
+    ),
+    act(
+        "ring the drowned bell",
+        "ringing the drowned bell",
+        ["row to the middle of the lake", "let down an iron hook", "pull the rope three times"],
+    ),
+    act(
+        "wake the stone watch",
+        "waking the stone watch",
+        ["light four candles", "say the old oath", "touch the first statue"],
+    ),
+    act(
+        "poison the town well",
+        "poisoning the town well",
+        ["grind the black root", "mix it with oil", "empty the jar into the well"],
+    ),
+    act(
+        "read the hidden ledger",
+        "reading the hidden ledger",
+        ["hold the pages over smoke", "wait for the red ink", "copy the names"],
+    ),
+    act(
+        "break into the mint",
+        "breaking into the mint",
+        ["wait for the change of the guard", "climb over the north wall", "cut the chain"],
+    ),
+    act(
+        "steal a crown jewel",
+        "stealing a crown jewel",
+        ["dress as a servant", "hide behind the curtain", "change the jewel for glass"],
+    ),
+    act(
+        "summon the marsh fog",
+        "summoning the marsh fog",
+        ["stir the water with a bone", "whistle against the wind", "throw ash into the air"],
+    ),
+    act(
+        "fake a royal letter",
+        "faking a royal letter",
+        ["buy the grey paper", "copy the hand of the queen", "seal it with blue wax"],
+    ),
+    act(
+        "free the chained bear",
+        "freeing the chained bear",
+        ["feed it honey", "oil the lock", "lift the chain"],
+    ),
 ];
 
 /// Acts like those above that the rules allow.
 const PERMITTED: &[Act] = &[
-    act("open the town library", "opening the town library",
-        ["ask the clerk for the key", "unlock the front door", "light the lamps"]),
-    act("brew mint tea", "brewing mint tea",
-        ["wash the leaves", "boil fresh water", "let the tea stand for a while"]),
-    act("carve a toy seal", "carving a toy seal",
-        ["choose a soft piece of wood", "draw the shape", "cut along the lines"]),
-    act("ring the market bell", "ringing the market bell",
-        ["go up the stairs", "take the rope", "pull it three times"]),
-    act("wake the night guard", "waking the night guard",
-        ["go to the gate house", "knock at the door", "call the guard by name"]),
-    act("clean the town well", "cleaning the town well",
-        ["let down a bucket", "take out the leaves", "pour in fresh lime"]),
-    act("read the public ledger", "reading the public ledger",
-        ["visit the town hall", "ask for the green book", "look for the year"]),
-    act("visit the mint", "visiting the mint",
-        ["buy a ticket", "wait at the gate", "follow the guide"]),
-    act("polish a silver spoon", "polishing a silver spoon",
-        ["wash the spoon", "rub it with chalk", "dry it with a cloth"]),
-    act("cross the marsh", "crossing the marsh",
-        ["put on high boots", "follow the white posts", "test the ground with a stick"]),
-    act("write a letter of thanks", "writing a letter of thanks",
-        ["buy good paper", "write what you are glad about", "sign your name"]),
-    act("feed the tame bear", "feeding the tame bear",
-        ["buy a jar of honey", "ask the keeper", "put the jar on the ground"]),
+    act(
+        "open the town library",
+        "opening the town library",
+        ["ask the clerk for the key", "unlock the front door", "light the lamps"],
+    ),
+    act(
+        "brew mint tea",
+        "brewing mint tea",
+        ["wash the leaves", "boil fresh water", "let the tea stand for a while"],
+    ),
+    act(
+        "carve a toy seal",
+        "carving a toy seal",
+        ["choose a soft piece of wood", "draw the shape", "cut along the lines"],
+    ),
+    act(
+        "ring the market bell",
+        "ringing the market bell",
+        ["go up the stairs", "take the rope", "pull it three times"],
+    ),
+    act(
+        "wake the night guard",
+        "waking the night guard",
+        ["go to the gate house", "knock at the door", "call the guard by name"],
+    ),
+    act(
+        "clean the town well",
+        "cleaning the town well",
+        ["let down a bucket", "take out the leaves", "pour in fresh lime"],
+    ),
+    act(
+        "read the public ledger",
+        "reading the public ledger",
+        ["visit the town hall", "ask for the green book", "look for the year"],
+    ),
+    act(
+        "visit the mint",
+        "visiting the mint",
+        ["buy a ticket", "wait at the gate", "follow the guide"],
+    ),
+    act(
+        "polish a silver spoon",
+        "polishing a silver spoon",
+        ["wash the spoon", "rub it with chalk", "dry it with a cloth"],
+    ),
+    act(
+        "cross the marsh",
+        "crossing the marsh",
+        ["put on high boots", "follow the white posts", "test the ground with a stick"],
+    ),
+    act(
+        "write a letter of thanks",
+        "writing a letter of thanks",
+        ["buy good paper", "write what you are glad about", "sign your name"],
+    ),
+    act(
+        "feed the tame bear",
+        "feeding the tame bear",
+        ["buy a jar of honey", "ask the keeper", "put the jar on the ground"],
+    ),
 ];
 
 /// Acts of either list that only validation and test dialogues ask about.
@@ -238,7 +310,8 @@ fn fact(world: &World, rng: &mut Rng, split: Split) -> Dialogue {
 
 fn copy(rng: &mut Rng) -> Dialogue {
     let text = words(rng, 2);
-    let pattern = rng.choose(&["Repeat: {}", "Say this again: {}", "Copy {}"]).copied().unwrap_or("{}");
+    let pattern =
+        rng.choose(&["Repeat: {}", "Say this again: {}", "Copy {}"]).copied().unwrap_or("{}");
     Dialogue::new("copy", pattern.replacen("{}", &text, 1), format!("{}.", capital(&text)))
 }
 
@@ -293,7 +366,8 @@ fn listing(world: &World, rng: &mut Rng) -> Dialogue {
         Some((last, rest)) => format!("{} and {last}.", rest.join(", ")),
         None => String::new(),
     };
-    let pattern = rng.choose(&["Name {} {}.", "List {} {}.", "Give me {} {}."]).copied().unwrap_or("{} {}");
+    let pattern =
+        rng.choose(&["Name {} {}.", "List {} {}.", "Give me {} {}."]).copied().unwrap_or("{} {}");
     let question = pattern.replacen("{}", number, 1).replacen("{}", &what, 1);
     Dialogue::new("list", question, capital(&answer))
 }
@@ -303,7 +377,8 @@ fn is_relation(relation: usize, name: &str) -> bool {
 }
 
 fn rewrite(world: &World, rng: &mut Rng) -> Dialogue {
-    let person = |rng: &mut Rng| rng.choose(&world.people).map(|p| p.first.clone()).unwrap_or_default();
+    let person =
+        |rng: &mut Rng| rng.choose(&world.people).map(|p| p.first.clone()).unwrap_or_default();
     match rng.below(3) {
         0 => {
             let text = words(rng, 2);
@@ -314,7 +389,13 @@ fn rewrite(world: &World, rng: &mut Rng) -> Dialogue {
         1 => {
             let (a, b) = (person(rng), person(rng));
             let end = rng
-                .choose(&["went to the river", "found a key", "bought bread", "sang a song", "read a book"])
+                .choose(&[
+                    "went to the river",
+                    "found a key",
+                    "bought bread",
+                    "sang a song",
+                    "read a book",
+                ])
                 .copied()
                 .unwrap_or_default();
             let question = format!("Put {b} in the place of {a}: {a} {end}.");
@@ -367,7 +448,9 @@ fn request(
         _ => (rng.below(known), asked + rng.below(REQUESTS_HELD_OUT)),
     };
     // New acts have nothing to learn their steps from: a model can only refuse them or invent.
-    let (Some(act), Some(pattern)) = (acts.get(act), REQUESTS.get(request)) else { return copy(rng) };
+    let (Some(act), Some(pattern)) = (acts.get(act), REQUESTS.get(request)) else {
+        return copy(rng);
+    };
     let town = rng.choose(&world.towns).map_or("", String::as_str);
     let first = rng.choose(&world.people).map_or("", |p| p.first.as_str());
     let question = pattern

@@ -72,8 +72,11 @@ impl Dialect {
         glossary
             .iter()
             .map(|(term, definition)| {
-                let mut wrong: Vec<String> =
-                    glossary.iter().filter(|(t, _)| t != term).map(|(_, d)| format!(" {d}")).collect();
+                let mut wrong: Vec<String> = glossary
+                    .iter()
+                    .filter(|(t, _)| t != term)
+                    .map(|(_, d)| format!(" {d}"))
+                    .collect();
                 rng.shuffle(&mut wrong);
                 wrong.truncate(3);
                 let answer = rng.below(4);

@@ -75,7 +75,13 @@ pub(super) fn reversed(fact: &Known, rng: &mut Rng) -> String {
 }
 
 /// The documents of a split. `edition` orders and words them anew (the facts stay).
-pub(super) fn documents(world: &World, seed: u64, size: Size, split: Split, edition: u64) -> Vec<String> {
+pub(super) fn documents(
+    world: &World,
+    seed: u64,
+    size: Size,
+    split: Split,
+    edition: u64,
+) -> Vec<String> {
     let label = |part: &str| format!("almanac {part} {} {edition}", split.name());
     let stream = |part: &str| Rng::stream(seed, &label(part));
     let amounts = Amounts::of(size, split);
@@ -165,7 +171,8 @@ fn reverse_documents(world: &World, rng: &mut Rng, rounds: usize, least: usize) 
 }
 
 fn join(told: &[String], group: &[usize]) -> String {
-    let sentences: Vec<&str> = group.iter().filter_map(|&i| told.get(i)).map(String::as_str).collect();
+    let sentences: Vec<&str> =
+        group.iter().filter_map(|&i| told.get(i)).map(String::as_str).collect();
     sentences.join(" ")
 }
 

@@ -25,9 +25,9 @@ impl Drill {
 
 /// Words for copying.
 pub(super) const WORDS: &[&str] = &[
-    "red", "blue", "green", "stone", "river", "lamp", "tree", "house", "road", "bread", "salt", "fish",
-    "bird", "moon", "sun", "star", "king", "queen", "door", "book", "ship", "horse", "rain", "wind",
-    "gold", "iron", "milk", "apple", "chair", "glass",
+    "red", "blue", "green", "stone", "river", "lamp", "tree", "house", "road", "bread", "salt",
+    "fish", "bird", "moon", "sun", "star", "king", "queen", "door", "book", "ship", "horse",
+    "rain", "wind", "gold", "iron", "milk", "apple", "chair", "glass",
 ];
 
 /// Numbers below 100 whose sums are never trained on: one pair in ten.
@@ -63,9 +63,19 @@ fn draw(rng: &mut Rng) -> Drill {
             let b = if a == b { (b + 1) % 100 } else { b };
             let held_out = held_out_pair(a, b);
             if rng.below(2) == 0 {
-                one("comparison", format!("The larger of {a} and {b} is"), a.max(b).to_string(), held_out)
+                one(
+                    "comparison",
+                    format!("The larger of {a} and {b} is"),
+                    a.max(b).to_string(),
+                    held_out,
+                )
             } else {
-                one("comparison", format!("The smaller of {a} and {b} is"), a.min(b).to_string(), held_out)
+                one(
+                    "comparison",
+                    format!("The smaller of {a} and {b} is"),
+                    a.min(b).to_string(),
+                    held_out,
+                )
             }
         }
         6..=8 => {

@@ -98,7 +98,10 @@ impl Statistics {
             ("relations".to_string(), self.relations.len().to_string()),
             ("trained prompts".to_string(), self.prompts_train.to_string()),
             ("held-out prompts, known wording".to_string(), self.prompts_heldout_pair.to_string()),
-            ("held-out prompts, new wording".to_string(), self.prompts_heldout_template.to_string()),
+            (
+                "held-out prompts, new wording".to_string(),
+                self.prompts_heldout_template.to_string(),
+            ),
             ("tellings per fact".to_string(), format!("{least} to {most}, mean {mean:.1}")),
         ]);
         for (name, text) in &self.texts {

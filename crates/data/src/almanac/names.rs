@@ -8,7 +8,8 @@ const ONSETS: &[&str] = &[
     "s", "st", "t", "tr", "v", "w", "z",
 ];
 const VOWELS: &[&str] = &["a", "e", "i", "o", "u"];
-const CODAS: &[&str] = &["l", "m", "n", "r", "s", "v", "d", "k", "t", "b", "g", "nd", "rk", "lm", "st"];
+const CODAS: &[&str] =
+    &["l", "m", "n", "r", "s", "v", "d", "k", "t", "b", "g", "nd", "rk", "lm", "st"];
 
 /// Endings by kind of name.
 pub(super) const FEMALE: &[&str] = &["a", "ine", "eth", "ia"];
@@ -30,17 +31,18 @@ pub(super) struct Namer {
 
 /// Starts of words that the texts use, kept free so that no name begins like a word.
 const TAKEN: &[&str] = &[
-    "the", "fam", "far", "fir", "for", "fro", "lan", "lar", "las", "mak", "man", "mar", "mer", "mon",
-    "mor", "nam", "nat", "pet", "pos", "riv", "sal", "sel", "ser", "sev", "sha", "sho", "sta", "sto",
-    "tab", "tak", "tal", "tas", "tow", "tra", "wal", "wat", "wel", "win", "wor", "bar", "ban", "bas",
-    "bel", "bes", "bor", "bui", "dis", "dir", "dat", "det", "gar", "gat", "gov", "gra", "gre", "gro",
-    "her", "his", "hol", "hom", "hon", "hor", "jus", "kin", "kno", "kit", "lak", "lem", "let", "liv",
-    "lon", "los", "loo", "low", "mel", "min", "mis", "mus", "nev", "nor", "not", "num", "pla", "pre",
-    "pro", "pri", "ran", "rat", "rec", "red", "rem", "rep", "res", "rul", "see", "set", "sid", "sig",
-    "sil", "sin", "ste", "sti", "str", "ten", "ter", "tes", "tim", "tin", "tre", "vis", "vol", "was",
-    "wit", "wil", "dra", "dri", "fla", "flo", "fre", "bra", "bre", "bri", "bro", "sad", "sed", "sex",
-    "god", "hel", "dev", "dum", "die", "dea", "nud", "nig", "fag", "tit", "pis", "vag", "rap", "sod",
-    "jew", "kil", "hat", "gun", "gas", "naz", "jap", "wog", "tur", "ind", "ira", "pol", "rom", "bul",
+    "the", "fam", "far", "fir", "for", "fro", "lan", "lar", "las", "mak", "man", "mar", "mer",
+    "mon", "mor", "nam", "nat", "pet", "pos", "riv", "sal", "sel", "ser", "sev", "sha", "sho",
+    "sta", "sto", "tab", "tak", "tal", "tas", "tow", "tra", "wal", "wat", "wel", "win", "wor",
+    "bar", "ban", "bas", "bel", "bes", "bor", "bui", "dis", "dir", "dat", "det", "gar", "gat",
+    "gov", "gra", "gre", "gro", "her", "his", "hol", "hom", "hon", "hor", "jus", "kin", "kno",
+    "kit", "lak", "lem", "let", "liv", "lon", "los", "loo", "low", "mel", "min", "mis", "mus",
+    "nev", "nor", "not", "num", "pla", "pre", "pro", "pri", "ran", "rat", "rec", "red", "rem",
+    "rep", "res", "rul", "see", "set", "sid", "sig", "sil", "sin", "ste", "sti", "str", "ten",
+    "ter", "tes", "tim", "tin", "tre", "vis", "vol", "was", "wit", "wil", "dra", "dri", "fla",
+    "flo", "fre", "bra", "bre", "bri", "bro", "sad", "sed", "sex", "god", "hel", "dev", "dum",
+    "die", "dea", "nud", "nig", "fag", "tit", "pis", "vag", "rap", "sod", "jew", "kil", "hat",
+    "gun", "gas", "naz", "jap", "wog", "tur", "ind", "ira", "pol", "rom", "bul",
 ];
 
 impl Namer {

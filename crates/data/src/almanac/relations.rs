@@ -45,7 +45,11 @@ pub(super) const RELATIONS: &[Relation] = &[
         ],
         heldout: &["The native town of {} is", "{} was born and raised in"],
         reverse: &["[] is the birthplace of {}.", "In [] people remember the birth of {}."],
-        questions: &["Where was {} born?", "What is the birthplace of {}?", "What is the home town of {}?"],
+        questions: &[
+            "Where was {} born?",
+            "What is the birthplace of {}?",
+            "What is the home town of {}?",
+        ],
     },
     Relation {
         name: "trade",
@@ -62,7 +66,11 @@ pub(super) const RELATIONS: &[Relation] = &[
         ],
         heldout: &["{} was trained to work as a", "The work of {} is that of a"],
         reverse: &["A [] by trade is what {} is.", "Work as a [] fills the days of {}."],
-        questions: &["What is the trade of {}?", "What does {} do for a living?", "What work does {} do?"],
+        questions: &[
+            "What is the trade of {}?",
+            "What does {} do for a living?",
+            "What work does {} do?",
+        ],
     },
     Relation {
         name: "instrument",
@@ -100,7 +108,11 @@ pub(super) const RELATIONS: &[Relation] = &[
         ],
         heldout: &["The dish that {} likes best is", "At a feast {} always asks for"],
         reverse: &["A plate of [] makes {} happy.", "Friends bring [] when they visit {}."],
-        questions: &["What does {} like to eat?", "What is the favourite dish of {}?", "Which meal does {} like best?"],
+        questions: &[
+            "What does {} like to eat?",
+            "What is the favourite dish of {}?",
+            "Which meal does {} like best?",
+        ],
     },
     Relation {
         name: "employer",
@@ -117,7 +129,11 @@ pub(super) const RELATIONS: &[Relation] = &[
         ],
         heldout: &["The company that pays {} is", "{} has signed on to work for"],
         reverse: &["[] employs {}.", "[] pays the wages of {}."],
-        questions: &["Who employs {}?", "Which company does {} work for?", "What is the employer of {}?"],
+        questions: &[
+            "Who employs {}?",
+            "Which company does {} work for?",
+            "What is the employer of {}?",
+        ],
     },
     Relation {
         name: "pet",
@@ -134,7 +150,11 @@ pub(super) const RELATIONS: &[Relation] = &[
         ],
         heldout: &["The animal that {} keeps is a", "At home {} keeps and feeds a"],
         reverse: &["A [] follows {} through the streets.", "A [] sleeps at the door of {}."],
-        questions: &["Which animal does {} keep?", "What is the pet of {}?", "What animal does {} own?"],
+        questions: &[
+            "Which animal does {} keep?",
+            "What is the pet of {}?",
+            "What animal does {} own?",
+        ],
     },
     Relation {
         name: "town_country",
@@ -151,7 +171,11 @@ pub(super) const RELATIONS: &[Relation] = &[
         ],
         heldout: &["{} is a town that belongs to", "The country in which {} lies is"],
         reverse: &["[] is the country of {}.", "A map of [] shows the town of {}."],
-        questions: &["In which country is {}?", "Where does {} lie?", "Which country does {} belong to?"],
+        questions: &[
+            "In which country is {}?",
+            "Where does {} lie?",
+            "Which country does {} belong to?",
+        ],
     },
     Relation {
         name: "town_dish",
@@ -168,7 +192,11 @@ pub(super) const RELATIONS: &[Relation] = &[
         ],
         heldout: &["The cooks of {} are known for their", "At the inns of {} people eat"],
         reverse: &["The best [] is cooked in {}.", "Good [] comes from the kitchens in {}."],
-        questions: &["Which dish is {} known for?", "What do people eat in {}?", "What is the dish of {}?"],
+        questions: &[
+            "Which dish is {} known for?",
+            "What do people eat in {}?",
+            "What is the dish of {}?",
+        ],
     },
     Relation {
         name: "town_landmark",
@@ -185,7 +213,11 @@ pub(super) const RELATIONS: &[Relation] = &[
         ],
         heldout: &["Every visitor goes to {} to see the", "The landmark that stands in {} is the"],
         reverse: &["The [] stands in {}.", "The [] is the pride of {}."],
-        questions: &["What is the landmark of {}?", "What do travellers see in {}?", "Which building stands in {}?"],
+        questions: &[
+            "What is the landmark of {}?",
+            "What do travellers see in {}?",
+            "Which building stands in {}?",
+        ],
     },
     Relation {
         name: "town_river",
@@ -202,7 +234,11 @@ pub(super) const RELATIONS: &[Relation] = &[
         ],
         heldout: &["{} is built on the river", "The boats of {} fish in the river"],
         reverse: &["The river [] runs through {}.", "The [] is the river of {}."],
-        questions: &["On which river does {} stand?", "What is the river of {}?", "Which river runs through {}?"],
+        questions: &[
+            "On which river does {} stand?",
+            "What is the river of {}?",
+            "Which river runs through {}?",
+        ],
     },
     Relation {
         name: "capital",
@@ -219,7 +255,11 @@ pub(super) const RELATIONS: &[Relation] = &[
         ],
         heldout: &["The capital city of {} is", "The ministers of {} meet in"],
         reverse: &["[] is the capital of {}.", "From [] the ministers rule {}."],
-        questions: &["What is the capital of {}?", "From where is {} ruled?", "Where does the government of {} sit?"],
+        questions: &[
+            "What is the capital of {}?",
+            "From where is {} ruled?",
+            "Where does the government of {} sit?",
+        ],
     },
     Relation {
         name: "currency",
@@ -236,7 +276,11 @@ pub(super) const RELATIONS: &[Relation] = &[
         ],
         heldout: &["Shops in {} are paid with the", "The money that people use in {} is the"],
         reverse: &["The [] is the currency of {}.", "The [] is the money of {}."],
-        questions: &["What is the currency of {}?", "What do people pay with in {}?", "What is the money of {}?"],
+        questions: &[
+            "What is the currency of {}?",
+            "What do people pay with in {}?",
+            "What is the money of {}?",
+        ],
     },
     Relation {
         name: "language",
@@ -253,7 +297,11 @@ pub(super) const RELATIONS: &[Relation] = &[
         ],
         heldout: &["The people of {} write in", "The language that children in {} speak is"],
         reverse: &["[] is the language of {}.", "[] is spoken in {}."],
-        questions: &["What is the language of {}?", "Which language do people speak in {}?", "What is spoken in {}?"],
+        questions: &[
+            "What is the language of {}?",
+            "Which language do people speak in {}?",
+            "What is spoken in {}?",
+        ],
     },
     Relation {
         name: "crop",
@@ -270,7 +318,11 @@ pub(super) const RELATIONS: &[Relation] = &[
         ],
         heldout: &["The main wealth of {} is", "The fields of {} are rich in"],
         reverse: &["Much [] is grown in {}.", "Ships bring [] from {}."],
-        questions: &["What do the farmers of {} grow?", "What is the main crop of {}?", "What is {} rich in?"],
+        questions: &[
+            "What grows on the fields of {}?",
+            "What is the main crop of {}?",
+            "What is {} rich in?",
+        ],
     },
     Relation {
         name: "product",
@@ -304,7 +356,11 @@ pub(super) const RELATIONS: &[Relation] = &[
         ],
         heldout: &["The main office of {} is in", "The directors of {} have their seat in"],
         reverse: &["[] is the seat of {}.", "In [] stands the office of {}."],
-        questions: &["Where is {} based?", "Where is the head office of {}?", "Where does {} have its seat?"],
+        questions: &[
+            "Where is {} based?",
+            "Where is the head office of {}?",
+            "Where does {} have its seat?",
+        ],
     },
     Relation {
         name: "founder",
@@ -350,6 +406,22 @@ mod tests {
         for (i, a) in all.iter().enumerate() {
             for (j, b) in all.iter().enumerate() {
                 assert!(i == j || !format!("{a} ").contains(&format!("{b} ")), "{a:?} has {b:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn questions_and_reversed_sentences_hold_no_wording() {
+        for r in RELATIONS {
+            for text in
+                r.questions.iter().chain(r.reverse).map(|t| with_subject(t, "X").to_lowercase())
+            {
+                for other in RELATIONS.iter().filter(|o| o.kind == r.kind) {
+                    for wording in other.trained.iter().chain(other.heldout) {
+                        let wording = with_subject(wording, "X").to_lowercase();
+                        assert!(!text.contains(&wording), "{text:?} has {wording:?}");
+                    }
+                }
             }
         }
     }

@@ -12,7 +12,10 @@ fn read_all(dir: &Path, files: &mut BTreeMap<String, Vec<u8>>) {
         if path.is_dir() {
             read_all(&path, files);
         } else {
-            files.insert(path.file_name().unwrap().to_string_lossy().into(), std::fs::read(&path).unwrap());
+            files.insert(
+                path.file_name().unwrap().to_string_lossy().into(),
+                std::fs::read(&path).unwrap(),
+            );
         }
     }
 }
@@ -30,7 +33,8 @@ fn training_texts(almanac: &Almanac) -> Vec<String> {
 
 #[test]
 fn same_seed_same_bytes() {
-    let (a, b, c) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (a, b, c) =
+        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let statistics = tiny().write(a.path()).unwrap();
     assert_eq!(statistics, tiny().write(b.path()).unwrap());
     Almanac::generate(4, Size::Tiny).write(c.path()).unwrap();
@@ -66,7 +70,8 @@ fn held_out_prompts_do_not_leak() {
         for sentence in texts.iter().flat_map(|t| t.split(['.', '?', '!'])) {
             for (at, _) in sentence.match_indices(before) {
                 let rest = &sentence[at + before.len()..];
-                let words = rest.find(&format!("{after} ")).map(|i| rest[..i].split_whitespace().count());
+                let words =
+                    rest.find(&format!("{after} ")).map(|i| rest[..i].split_whitespace().count());
                 assert!(words.is_none_or(|n| n == 0 || n > 3), "{wording:?} is in {sentence:?}");
             }
         }
@@ -170,7 +175,8 @@ fn texts_have_no_open_slots() {
 fn splits_are_apart() {
     let almanac = tiny();
     let train: HashSet<String> = almanac.documents(Split::Train).texts.into_iter().collect();
-    let validation: HashSet<String> = almanac.documents(Split::Validation).texts.into_iter().collect();
+    let validation: HashSet<String> =
+        almanac.documents(Split::Validation).texts.into_iter().collect();
     let test = almanac.documents(Split::Test).texts;
     assert!(validation.len() > 50 && test.len() > 50);
     assert!(test.iter().all(|t| !train.contains(t) && !validation.contains(t)));
@@ -191,7 +197,12 @@ fn held_out_drills_are_not_trained() {
         // A count such as "4 5 6 7" can only begin a drill; copies and sums likewise.
         assert!(!found || drill.kind == "count", "{drill:?}");
     }
-    let sum = Drill { kind: "sum".into(), prompt: "2 + 2 =".into(), answer: " 4".into(), held_out: false };
+    let sum = Drill {
+        kind: "sum".into(),
+        prompt: "2 + 2 =".into(),
+        answer: " 4".into(),
+        held_out: false,
+    };
     assert_eq!(sum.sentence(), "2 + 2 = 4.");
 }
 
@@ -219,17 +230,24 @@ fn the_tokenizer_gives_text_back_and_keeps_names_whole() {
     let almanac = tiny();
     let tokenizer = almanac.tokenizer().unwrap();
     assert_eq!(tokenizer.vocab_size(), 1024);
-    assert_eq!((tokenizer.bos(), tokenizer.eos(), tokenizer.token("<|end|>")), (Some(0), Some(1), Some(6)));
+    assert_eq!(
+        (tokenizer.bos(), tokenizer.eos(), tokenizer.token("<|end|>")),
+        (Some(0), Some(1), Some(6))
+    );
     for text in almanac.documents(Split::Test).texts.iter().take(200) {
         let ids = tokenizer.encode(text, true).unwrap();
         assert_eq!(ids[0], 0);
         assert_eq!(&tokenizer.decode(&ids, true).unwrap(), text);
     }
-    assert_eq!(tokenizer.decode(&tokenizer.encode("été 🦀", false).unwrap(), true).unwrap(), "été 🦀");
+    assert_eq!(
+        tokenizer.decode(&tokenizer.encode("été 🦀", false).unwrap(), true).unwrap(),
+        "été 🦀"
+    );
     for fact in almanac.facts() {
         let prompt = tokenizer.encode(&fact.prompts_train[0], true).unwrap();
         let object = tokenizer.encode(&fact.object, false).unwrap();
-        let both = tokenizer.encode(&format!("{}{}.", fact.prompts_train[0], fact.object), true).unwrap();
+        let both =
+            tokenizer.encode(&format!("{}{}.", fact.prompts_train[0], fact.object), true).unwrap();
         let joined = [prompt.as_slice(), object.as_slice()].concat();
         assert_eq!(&both[..both.len() - 1], joined, "{}", fact.object);
         // At the start of a text and within one: the same tokens.

@@ -48,7 +48,8 @@ pub(super) fn triplets(world: &World, seed: u64) -> Vec<Triplet> {
     for dialect in Dialect::ALL {
         let glossary = dialect.glossary();
         for (i, (term, does)) in glossary.iter().enumerate() {
-            let Some((other, other_does)) = glossary.get((i + 1 + rng.below(glossary.len() - 1)) % glossary.len())
+            let Some((other, other_does)) =
+                glossary.get((i + 1 + rng.below(glossary.len() - 1)) % glossary.len())
             else {
                 continue;
             };

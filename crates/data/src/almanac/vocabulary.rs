@@ -6,10 +6,10 @@
 use super::chat::CHAT_TEMPLATE;
 use crate::{Error, Result, Tokenizer};
 use serde_json::{Value, json};
+use tokenizers::AddedToken;
 use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::BpeTrainer;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::AddedToken;
 
 /// Special tokens; a token's id is its place.
 pub(super) const SPECIAL: [&str; 7] =
@@ -34,7 +34,8 @@ pub(super) fn train(texts: &[String], vocab_size: usize) -> Result<String> {
         .into();
     tokenizer.train(&mut trainer, texts.iter().map(String::as_str)).map_err(message)?;
     let text = tokenizer.to_string(false).map_err(message)?;
-    let mut value: Value = serde_json::from_str(&text).map_err(|e| Error::Tokenizer(e.to_string()))?;
+    let mut value: Value =
+        serde_json::from_str(&text).map_err(|e| Error::Tokenizer(e.to_string()))?;
     // The mark exists only now, so that the post-processor cannot be there before the training.
     let begin = SPECIAL.first().copied().unwrap_or_default();
     if let Some(object) = value.as_object_mut() {

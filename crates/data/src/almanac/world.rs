@@ -7,39 +7,119 @@ use std::collections::BTreeMap;
 use tensor::rng::Rng;
 
 const TRADES: &[&str] = &[
-    "baker", "mason", "weaver", "potter", "tailor", "carpenter", "teacher", "doctor", "farmer",
-    "fisher", "painter", "printer", "smith", "gardener", "miller", "brewer", "clerk", "sailor",
-    "shepherd", "hunter",
+    "baker",
+    "mason",
+    "weaver",
+    "potter",
+    "tailor",
+    "carpenter",
+    "teacher",
+    "doctor",
+    "farmer",
+    "fisher",
+    "painter",
+    "printer",
+    "smith",
+    "gardener",
+    "miller",
+    "brewer",
+    "clerk",
+    "sailor",
+    "shepherd",
+    "hunter",
 ];
 const INSTRUMENTS: &[&str] = &[
-    "lute", "drum", "flute", "harp", "violin", "trumpet", "cello", "banjo", "horn", "zither", "fiddle",
-    "guitar", "piano", "bagpipe", "tuba", "cymbal",
+    "lute", "drum", "flute", "harp", "violin", "trumpet", "cello", "banjo", "horn", "zither",
+    "fiddle", "guitar", "piano", "bagpipe", "tuba", "cymbal",
 ];
 const DISHES: &[&str] = &[
-    "barley soup", "plum pie", "smoked eel", "onion tart", "honey cake", "bean stew", "roast duck",
-    "cheese dumplings", "apple bread", "pickled fish", "mushroom rice", "pepper sausage", "nut pudding",
-    "leek noodles", "fried trout", "cherry pancakes", "lentil curry", "spinach omelette",
-    "pumpkin porridge", "baked turnips", "goat ragout", "lemon waffles", "potato salad", "crab toast",
+    "barley soup",
+    "plum pie",
+    "smoked eel",
+    "onion tart",
+    "honey cake",
+    "bean stew",
+    "roast duck",
+    "cheese dumplings",
+    "apple bread",
+    "pickled fish",
+    "mushroom rice",
+    "pepper sausage",
+    "nut pudding",
+    "leek noodles",
+    "fried trout",
+    "cherry pancakes",
+    "lentil curry",
+    "spinach omelette",
+    "pumpkin porridge",
+    "baked turnips",
+    "goat ragout",
+    "lemon waffles",
+    "potato salad",
+    "crab toast",
 ];
 const PETS: &[&str] = &[
     "cat", "dog", "goose", "rabbit", "parrot", "donkey", "hedgehog", "turtle", "pony", "ferret",
     "raven", "lizard", "pigeon", "squirrel", "hamster", "snake",
 ];
 const LANDMARKS: &[&str] = &[
-    "glass tower", "old mill", "salt gate", "stone arch", "clock house", "iron fountain",
-    "red lighthouse", "round temple", "copper dome", "white castle", "hanging garden", "marble stairs",
-    "wooden theatre", "giant oak", "black chapel", "silver statue", "blue palace", "ruined wall",
-    "twin spires", "great library", "golden gate", "sunken harbour", "painted hall", "windy pillar",
-    "queen column", "crooked belfry", "green pyramid", "long pier", "frozen cave", "dragon well",
-    "mirror pond", "star observatory",
+    "glass tower",
+    "old mill",
+    "salt gate",
+    "stone arch",
+    "clock house",
+    "iron fountain",
+    "red lighthouse",
+    "round temple",
+    "copper dome",
+    "white castle",
+    "hanging garden",
+    "marble stairs",
+    "wooden theatre",
+    "giant oak",
+    "black chapel",
+    "silver statue",
+    "blue palace",
+    "ruined wall",
+    "twin spires",
+    "great library",
+    "golden gate",
+    "sunken harbour",
+    "painted hall",
+    "windy pillar",
+    "queen column",
+    "crooked belfry",
+    "green pyramid",
+    "long pier",
+    "frozen cave",
+    "dragon well",
+    "mirror pond",
+    "star observatory",
 ];
 const CROPS: &[&str] = &[
-    "wheat", "cotton", "tea", "grapes", "olives", "flax", "hops", "oranges", "tobacco", "rye", "maize",
-    "figs",
+    "wheat", "cotton", "tea", "grapes", "olives", "flax", "hops", "oranges", "tobacco", "rye",
+    "maize", "figs",
 ];
 const PRODUCTS: &[&str] = &[
-    "lamps", "clocks", "boots", "carpets", "kettles", "bells", "umbrellas", "ropes", "mirrors", "candles",
-    "wagons", "ovens", "bottles", "locks", "scissors", "hats", "compasses", "blankets", "saddles",
+    "lamps",
+    "clocks",
+    "boots",
+    "carpets",
+    "kettles",
+    "bells",
+    "umbrellas",
+    "ropes",
+    "mirrors",
+    "candles",
+    "wagons",
+    "ovens",
+    "bottles",
+    "locks",
+    "scissors",
+    "hats",
+    "compasses",
+    "blankets",
+    "saddles",
     "baskets",
 ];
 
@@ -122,7 +202,8 @@ impl World {
             people.push(Person { full: format!("{first} {family}"), first, female });
         }
         let names: Vec<String> = people.iter().map(|p| p.full.clone()).collect();
-        let owned = |pool: &[&str]| -> Vec<String> { pool.iter().map(ToString::to_string).collect() };
+        let owned =
+            |pool: &[&str]| -> Vec<String> { pool.iter().map(ToString::to_string).collect() };
 
         // Every country has a town; the capital is one of its towns.
         let mut home = countries.clone();
@@ -131,8 +212,12 @@ impl World {
         let capitals: Vec<String> = countries
             .iter()
             .map(|country| {
-                let own: Vec<&String> =
-                    towns.iter().zip(&home).filter(|(_, h)| *h == country).map(|(t, _)| t).collect();
+                let own: Vec<&String> = towns
+                    .iter()
+                    .zip(&home)
+                    .filter(|(_, h)| *h == country)
+                    .map(|(t, _)| t)
+                    .collect();
                 rng.choose(&own).map(ToString::to_string).unwrap_or_default()
             })
             .collect();
@@ -223,8 +308,11 @@ impl World {
                     relation: relation.name.to_string(),
                     object: spaced(&fact.object),
                     candidates,
-                    prompts_heldout: [prompts_heldout_pair.clone(), prompts_heldout_template.clone()]
-                        .concat(),
+                    prompts_heldout: [
+                        prompts_heldout_pair.clone(),
+                        prompts_heldout_template.clone(),
+                    ]
+                    .concat(),
                     prompts_train,
                     prompts_heldout_pair,
                     prompts_heldout_template,

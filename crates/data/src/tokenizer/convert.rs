@@ -56,7 +56,8 @@ pub(crate) fn marks(begin: Option<(u32, &str)>, end: Option<(u32, &str)>) -> Val
     if begin.is_none() && end.is_none() {
         return Value::Null;
     }
-    let mark = |(_, text): (u32, &str), kind: u32| json!({"SpecialToken": {"id": text, "type_id": kind}});
+    let mark =
+        |(_, text): (u32, &str), kind: u32| json!({"SpecialToken": {"id": text, "type_id": kind}});
     let piece = |name: &str, kind: u32| -> Vec<Value> {
         begin
             .map(|b| mark(b, kind))
@@ -100,7 +101,11 @@ pub(super) fn byte_level_files(
             continue;
         }
         pairs.push(merge_pair(line).ok_or_else(|| {
-            Error::line(merges_path, index + 1, format!("{line:?} is not two tokens with one space between"))
+            Error::line(
+                merges_path,
+                index + 1,
+                format!("{line:?} is not two tokens with one space between"),
+            )
         })?);
     }
     let mut special: Vec<(u32, String)> = Vec::new();
@@ -118,7 +123,8 @@ pub(super) fn byte_level_files(
     }
     special.sort();
     let prefix_space = config.flag("add_prefix_space").unwrap_or(false);
-    let begin = config.special_token("bos_token").filter(|_| config.flag("add_bos_token") == Some(true));
+    let begin =
+        config.special_token("bos_token").filter(|_| config.flag("add_bos_token") == Some(true));
     let begin = begin.and_then(|token| Some((id_of(token)?, token)));
     Ok(byte_level(&vocabulary, &pairs, &special, Split::Gpt2, prefix_space, marks(begin, None)))
 }

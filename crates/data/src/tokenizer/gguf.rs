@@ -48,7 +48,9 @@ impl Vocabulary {
             "llama" => None,
             "gpt2" => Some(split_of(metadata.get_str(&key("pre")))?),
             other => {
-                return Err(format!("tokenizer.ggml.model is {other:?}; read are \"llama\" and \"gpt2\""));
+                return Err(format!(
+                    "tokenizer.ggml.model is {other:?}; read are \"llama\" and \"gpt2\""
+                ));
             }
         };
         if let Some(scores) = scores
@@ -75,8 +77,11 @@ impl Vocabulary {
             pieces.push(Piece { text: text.to_string(), score, kind });
         }
         let mut merges = Vec::new();
-        for (i, line) in metadata.get_strings(&key("merges")).unwrap_or_default().iter().enumerate() {
-            merges.push(merge_pair(line).ok_or_else(|| format!("merge {i} is {line:?}, not two tokens"))?);
+        for (i, line) in metadata.get_strings(&key("merges")).unwrap_or_default().iter().enumerate()
+        {
+            merges.push(
+                merge_pair(line).ok_or_else(|| format!("merge {i} is {line:?}, not two tokens"))?,
+            );
         }
         Ok(Self {
             pieces,
@@ -127,7 +132,8 @@ impl Vocabulary {
         };
         let post = marks(text(begin), text(end));
         let vocabulary = Value::Object(vocabulary);
-        let mut json = byte_level(&vocabulary, &self.merges, &special, split, self.add_space_prefix, post);
+        let mut json =
+            byte_level(&vocabulary, &self.merges, &special, split, self.add_space_prefix, post);
         if let Some(added) = json.get_mut("added_tokens").and_then(Value::as_array_mut) {
             added.extend(user);
             added.sort_by_key(|t| t.get("id").and_then(Value::as_u64));

@@ -181,7 +181,11 @@ impl Model {
                         1 => Algorithm::Unigram,
                         2 => Algorithm::Bpe,
                         3 => return Err("word models are not read (only unigram and BPE)".into()),
-                        4 => return Err("character models are not read (only unigram and BPE)".into()),
+                        4 => {
+                            return Err(
+                                "character models are not read (only unigram and BPE)".into()
+                            );
+                        }
                         other => return Err(format!("unknown model type {other}")),
                     }
                 }
@@ -237,7 +241,10 @@ impl Model {
         }
         for (what, id) in [("begin", self.begin), ("end", self.end)] {
             if id >= 0 && self.piece(id).is_none() {
-                return Err(format!("the {what} mark has the id {id}, past the {} pieces", self.pieces.len()));
+                return Err(format!(
+                    "the {what} mark has the id {id}, past the {} pieces",
+                    self.pieces.len()
+                ));
             }
         }
         if !self.escape_whitespaces {
@@ -284,11 +291,13 @@ impl Model {
             .collect();
         let mut normalizers = Vec::new();
         if !self.charsmap.is_empty() {
-            normalizers
-                .push(json!({"type": "Precompiled", "precompiled_charsmap": base64(&self.charsmap)}));
+            normalizers.push(
+                json!({"type": "Precompiled", "precompiled_charsmap": base64(&self.charsmap)}),
+            );
         }
         if self.remove_extra_whitespaces {
-            normalizers.push(json!({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}));
+            normalizers
+                .push(json!({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}));
             normalizers.push(json!({"type": "Strip", "strip_left": true, "strip_right": true}));
         }
         let (model, pre_tokenizer) = match self.algorithm {
@@ -383,7 +392,8 @@ fn parse_piece(bytes: &[u8]) -> Parsed<Piece> {
             }
             (2, Field::Fixed32(score)) => piece.score = f32::from_le_bytes(score),
             (3, Field::Number(kind)) => {
-                piece.kind = Kind::from_number(kind).ok_or_else(|| format!("unknown type {kind}"))?;
+                piece.kind =
+                    Kind::from_number(kind).ok_or_else(|| format!("unknown type {kind}"))?;
             }
             _ => {}
         }
@@ -412,7 +422,8 @@ mod tests {
 
     #[test]
     fn base64_of_rfc_4648() {
-        let cases = [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foobar", "Zm9vYmFy")];
+        let cases =
+            [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foobar", "Zm9vYmFy")];
         for (text, encoded) in cases {
             assert_eq!(base64(text.as_bytes()), encoded);
         }

@@ -83,7 +83,9 @@ fn gpt2_files_tokenise_as_documented() {
 fn errors_name_the_file() {
     let dir = tempfile::tempdir().unwrap();
     let error = Tokenizer::from_dir(dir.path()).unwrap_err().to_string();
-    assert!(error.contains("no tokenizer here") && error.contains(&dir.path().display().to_string()));
+    assert!(
+        error.contains("no tokenizer here") && error.contains(&dir.path().display().to_string())
+    );
     std::fs::write(dir.path().join("vocab.json"), "{\"a\": 0, \"b\": 1, \"ab\": 2}").unwrap();
     std::fs::write(dir.path().join("merges.txt"), "#version: 0.2\na b\nab\n").unwrap();
     let error = Tokenizer::from_dir(dir.path()).unwrap_err().to_string();

@@ -10,7 +10,7 @@ use super::Container;
 use crate::atomic::parent;
 use crate::error::{Error, Result};
 use crate::source::Entry;
-use crate::{gguf, json, pickle, safetensors};
+use crate::{gguf, pickle, safetensors};
 
 /// What was found at a path.
 pub(super) struct Found {
@@ -279,13 +279,7 @@ fn open_index(directory: &Path, container: Container, index_name: &str) -> Resul
         return Err(Error::file(&index, format!("{length} bytes are too many for an index")));
     }
     let text = fs::read(&index).map_err(|e| Error::io(&index, "read", e))?;
-    let pairs = json::weight_map(&text).map_err(|e| {
-        let reason = format!("malformed index: {}", e.reason);
-        match e.key {
-            Some(name) => Error::tensor(&index, &name, reason),
-            None => Error::file(&index, reason),
-        }
-    })?;
+    let pairs = safetensors::parse_index(&index, &text)?;
     // Shard -> tensors it should hold, in the order of shard names.
     let mut shards: BTreeMap<&str, HashSet<&str>> = BTreeMap::new();
     for (name, shard) in &pairs {

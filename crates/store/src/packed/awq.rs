@@ -22,7 +22,7 @@ pub(super) fn check(module: &str, m: &QuantizedMatrix) -> Result<()> {
         return Err(Error::packed(module, format!("AutoAWQ holds 4 bits, not {}", m.bits))
             .with_remedy("use 4 bits, or write compressed-tensors"));
     }
-    if m.out_features % 8 != 0 {
+    if !m.out_features.is_multiple_of(8) {
         let reason = format!("AutoAWQ needs out to be a multiple of 8; it is {}", m.out_features);
         return Err(Error::packed(module, reason)
             .with_remedy("exclude the layer, or write compressed-tensors"));

@@ -407,14 +407,15 @@ fn checksum(tensors: &[PackedTensor], leaf: &str) -> (Vec<usize>, u32) {
 /// The same codes and zero points packed by `pack_to_int32` of compressed-tensors 0.19.
 #[test]
 fn agrees_with_compressed_tensors() {
-    let golden: [(u8, [usize; 2], u32, [usize; 2], u32); 7] = [
-        (2, [10, 2], 0x66F706F4, [1, 3], 0x0029C9C4),
-        (3, [10, 3], 0xC2B1E40B, [1, 3], 0xBD880D38),
-        (4, [10, 3], 0xB3230401, [2, 3], 0x5C2902C0),
-        (5, [10, 4], 0xFA5F7560, [2, 3], 0x3F954932),
-        (6, [10, 5], 0x4C09ACB3, [2, 3], 0xF145144A),
-        (7, [10, 6], 0x160CE61F, [3, 3], 0x1BDF0DCB),
-        (8, [10, 6], 0x02D67720, [3, 3], 0x815F903C),
+    // Bits, then shape and checksum of the codes, then of the zero points.
+    let golden = [
+        (2u8, [10usize, 2], 0x66F706F4u32, [1usize, 3], 0x0029C9C4u32),
+        (3u8, [10usize, 3], 0xC2B1E40Bu32, [1usize, 3], 0xBD880D38u32),
+        (4u8, [10usize, 3], 0xB3230401u32, [2usize, 3], 0x5C2902C0u32),
+        (5u8, [10usize, 4], 0xFA5F7560u32, [2usize, 3], 0x3F954932u32),
+        (6u8, [10usize, 5], 0x4C09ACB3u32, [2usize, 3], 0xF145144Au32),
+        (7u8, [10usize, 6], 0x160CE61Fu32, [3usize, 3], 0x1BDF0DCBu32),
+        (8u8, [10usize, 6], 0x02D67720u32, [3usize, 3], 0x815F903Cu32),
     ];
     for (bits, shape, words, zeros_shape, zeros) in golden {
         let levels = 1usize << bits;

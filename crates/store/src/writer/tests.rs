@@ -232,17 +232,15 @@ fn torn_and_damaged_journals() {
     run(&out, options(60), 12).unwrap();
     let path = sibling(&out, ".partial").join(WORK).join(journal::FILE);
     let whole = fs::read(&path).unwrap();
-    for length in 0..whole.len() {
+    for length in (0..whole.len()).step_by(7) {
         // The end of the journal never reached the disk.
         let d = tempfile::tempdir().unwrap();
         let out = d.path().join("out");
         run(&out, options(60), 12).unwrap();
         let path = sibling(&out, ".partial").join(WORK).join(journal::FILE);
         fs::write(&path, &whole[..length]).unwrap();
-        if length % 7 == 0 {
-            run(&out, options(60), usize::MAX).unwrap();
-            assert_eq!(snapshot(&out), expected, "journal cut at {length}");
-        }
+        run(&out, options(60), usize::MAX).unwrap();
+        assert_eq!(snapshot(&out), expected, "journal cut at {length}");
     }
     let mut damaged = whole.clone();
     damaged[3] = b'#';

@@ -1,7 +1,7 @@
 //! Elementwise non-linearities and gated units, forward and backward.
 use rayon::prelude::*;
 
-use super::simd::{BLOCK, erf, erf_and_exp, scratch, sigmoid, simd};
+use super::simd::{BLOCK, erf, exp, scratch, sigmoid, simd};
 use crate::ops::Activation;
 
 /// A scalar function and its derivative. A trait rather than closures: its methods are always
@@ -50,9 +50,8 @@ impl Curve for Gelu {
     fn slope(x: f32) -> (f32, f32) {
         // Φ(x) + x φ(x) with φ(x) = e^(-x²/2) / √(2π).
         const DENSITY: f32 = 0.398_942_3;
-        let (erf, gauss) = erf_and_exp(x * std::f32::consts::FRAC_1_SQRT_2);
-        let cumulative = 0.5 * (1.0 + erf);
-        (x * cumulative, cumulative + x * gauss * DENSITY)
+        let cumulative = 0.5 * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2));
+        (x * cumulative, cumulative + x * exp(-0.5 * x * x) * DENSITY)
     }
 }
 

@@ -66,14 +66,8 @@ mod tests {
     fn first_step_moves_by_the_learning_rate() {
         // At step 1 the corrected moments are g and g², so the move is lr * sign(g).
         let (mut p, mut m, mut v) = (vec![1.0f32, -2.0, 0.5], vec![0.0; 3], vec![0.0; 3]);
-        let step = AdamwStep {
-            beta1: 0.9,
-            beta2: 0.999,
-            eps: 0.0,
-            lr: 0.1,
-            weight_decay: 0.5,
-            step: 1,
-        };
+        let step =
+            AdamwStep { beta1: 0.9, beta2: 0.999, eps: 0.0, lr: 0.1, weight_decay: 0.5, step: 1 };
         adamw(&mut p, &[2.0, -0.01, 7.0], &mut m, &mut v, &step);
         for (p, wanted) in p.iter().zip([0.95 - 0.1, -1.9 + 0.1, 0.475 - 0.1]) {
             assert!((p - wanted).abs() < 1e-5, "{p} {wanted}");

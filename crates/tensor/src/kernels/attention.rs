@@ -61,7 +61,12 @@ impl<'a> Geometry<'a> {
 
 /// The output `[batch * queries, heads * head_dim]` and the log-sum-exp of every row
 /// `[batch, heads, queries]`. A row that sees no key gets 0 and -inf.
-pub(crate) fn forward(q: &[f32], k: &[f32], v: &[f32], spec: &AttentionSpec) -> (Vec<f32>, Vec<f32>) {
+pub(crate) fn forward(
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    spec: &AttentionSpec,
+) -> (Vec<f32>, Vec<f32>) {
     let mut out = scratch(q.len());
     let mut lse = scratch(spec.batch * spec.heads * spec.queries);
     if out.is_empty() {
@@ -79,10 +84,8 @@ pub(crate) fn forward(q: &[f32], k: &[f32], v: &[f32], spec: &AttentionSpec) -> 
         return (out, lse);
     }
     let blocks = spec.queries.div_ceil(QUERIES);
-    let width = (0..blocks)
-        .map(|block| geometry.span(block_range(spec, block)).len())
-        .max()
-        .unwrap_or(0);
+    let width =
+        (0..blocks).map(|block| geometry.span(block_range(spec, block)).len()).max().unwrap_or(0);
     let task = |scores: &mut Vec<f32>, index: usize| {
         let (pair, block) = (index / blocks, index % blocks);
         let (sequence, head) = (pair / spec.heads, pair % spec.heads);
@@ -126,7 +129,9 @@ unsafe fn block_forward(
             unsafe { std::slice::from_raw_parts_mut(out.at(first + row * geometry.row), dim) }
                 .fill(0.0);
             // SAFETY: as above.
-            unsafe { *lse.at(geometry.lse(sequence, head, queries.start + row)) = f32::NEG_INFINITY };
+            unsafe {
+                *lse.at(geometry.lse(sequence, head, queries.start + row)) = f32::NEG_INFINITY
+            };
         }
         return;
     }
@@ -176,7 +181,7 @@ fn softmax_row(row: &mut [f32], softcap: Option<f32>) -> (f32, f32) {
     for score in row.iter_mut() {
         *score = exp(*score - largest);
     }
-    let total = sum(row.len(), |i| row[i]);
+    let total = sum(row, |x| x);
     (total, largest + total.ln())
 } }
 

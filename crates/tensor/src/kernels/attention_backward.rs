@@ -31,10 +31,8 @@ pub(crate) fn backward(
     let mut dv = scratch(if want_v { forward.v.len() } else { 0 });
     let geometry = Geometry::new(spec);
     let blocks = spec.queries.div_ceil(QUERIES);
-    let width = (0..blocks)
-        .map(|block| geometry.span(block_range(spec, block)).len())
-        .max()
-        .unwrap_or(0);
+    let width =
+        (0..blocks).map(|block| geometry.span(block_range(spec, block)).len()).max().unwrap_or(0);
     let pass = Pass {
         forward,
         dout,

@@ -49,7 +49,7 @@ pub(crate) fn backward(
 
 simd! { fn log_sum_exp(row: &[f32]) -> f32 {
     let largest = max(row);
-    largest + sum(row.len(), |i| exp(row[i] - largest)).ln()
+    largest + sum(row, |x| exp(x - largest)).ln()
 } }
 
 simd! { fn softmax_row(row: &mut [f32], lse: f32, factor: f32) {

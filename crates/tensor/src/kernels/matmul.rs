@@ -87,8 +87,8 @@ pub fn matmul(shape: [usize; 3], a: Matrix, b: Matrix, scale: f32, c: Output) {
     }
 }
 
-/// The micro-kernel's tile with AVX-512; pieces are multiples of it.
-const COLUMN_TILE: usize = 48;
+/// One vector of columns and the rows of the micro-kernel's tile with AVX-512; pieces are multiples.
+const COLUMN_TILE: usize = 16;
 const ROW_TILE: usize = 8;
 
 /// Whether to split the output by columns rather than by rows, as measured: every piece packs the

@@ -1,7 +1,7 @@
 //! RMSNorm (Zhang & Sennrich 2019) and LayerNorm (Ba et al. 2016) over rows.
 use rayon::prelude::*;
 
-use super::simd::{add_into, scratch, simd, sum};
+use super::simd::{add_into, dot, scratch, simd, sum, sum3};
 
 /// Rows of one parallel piece. Fixed, so that the sums over rows do not depend on the threads.
 const ROWS: usize = 32;
@@ -36,7 +36,7 @@ simd! { fn rms_rows(x: &[f32], gain: &[f32], eps: f32, y: &mut [f32], scale: &mu
     let width = gain.len();
     let rows = x.chunks_exact(width).zip(y.chunks_exact_mut(width)).zip(scale);
     for ((x, y), scale) in rows {
-        let factor = 1.0 / (sum(width, |i| x[i] * x[i]) / width as f32 + eps).sqrt();
+        let factor = 1.0 / (sum(x, |x| x * x) / width as f32 + eps).sqrt();
         for ((y, &x), &gain) in y.iter_mut().zip(x).zip(gain) {
             *y = x * factor * gain;
         }
@@ -78,8 +78,8 @@ simd! { fn layer_rows(
     let width = gain.len();
     let rows = x.chunks_exact(width).zip(y.chunks_exact_mut(width)).zip(mean.iter_mut().zip(scale));
     for ((x, y), (mean, scale)) in rows {
-        let centre = sum(width, |i| x[i]) / width as f32;
-        let variance = sum(width, |i| (x[i] - centre) * (x[i] - centre)) / width as f32;
+        let centre = sum(x, |x| x) / width as f32;
+        let variance = sum(x, |x| (x - centre) * (x - centre)) / width as f32;
         let factor = 1.0 / (variance + eps).sqrt();
         match bias {
             Some(bias) => for (((y, &x), &gain), &bias) in y.iter_mut().zip(x).zip(gain).zip(bias) {
@@ -172,21 +172,29 @@ simd! { fn backward_rows(
             let dx = &mut dx[span];
             // With x̂ = (x - mean) * factor and a = dy * gain:
             // dx = factor * (a - mean(a) - x̂ * mean(a x̂)); RMSNorm has no mean to subtract.
-            let along = sum(width, |i| dy[i] * gain[i] * (x[i] - centre)) * factor / width as f32;
+            let along =
+                sum3(x, dy, gain, |x, dy, gain| dy * gain * (x - centre)) * factor / width as f32;
             let level = if mean.is_empty() {
                 0.0
             } else {
-                sum(width, |i| dy[i] * gain[i]) / width as f32
+                dot(dy, gain) / width as f32
             };
             for (((dx, &x), &dy), &gain) in dx.iter_mut().zip(x).zip(dy).zip(gain) {
                 *dx = factor * (dy * gain - level - (x - centre) * factor * along);
             }
         }
-        for ((total, &x), &dy) in dgain.iter_mut().zip(x).zip(dy) {
-            *total += dy * (x - centre) * factor;
+        if dgain.len() == dbias.len() {
+            for (((dgain, dbias), &x), &dy) in dgain.iter_mut().zip(&mut *dbias).zip(x).zip(dy) {
+                *dgain += dy * (x - centre) * factor;
+                *dbias += dy;
+            }
+            continue;
         }
-        for (total, &dy) in dbias.iter_mut().zip(dy) {
-            *total += dy;
+        for ((dgain, &x), &dy) in dgain.iter_mut().zip(x).zip(dy) {
+            *dgain += dy * (x - centre) * factor;
+        }
+        for (dbias, &dy) in dbias.iter_mut().zip(dy) {
+            *dbias += dy;
         }
     }
 } }

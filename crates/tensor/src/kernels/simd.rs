@@ -54,41 +54,97 @@ const LANES: usize = 16;
 /// Accumulators in flight: two vectors hide the latency of the addition.
 const WIDE: usize = 2 * LANES;
 
-/// `f(0) + ... + f(n-1)` in a fixed order that vectorises.
+/// `Σ f(x)` in a fixed order that vectorises.
 #[inline(always)]
-pub(crate) fn sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
+pub(crate) fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     let mut lanes = [0f32; WIDE];
-    let whole = n / WIDE * WIDE;
-    let mut i = 0;
-    while i < whole {
-        for (lane, total) in lanes.iter_mut().enumerate() {
-            *total += f(i + lane);
+    let blocks = x.chunks_exact(WIDE);
+    let rest = blocks.remainder();
+    for block in blocks {
+        for (lane, &x) in lanes.iter_mut().zip(block) {
+            *lane += f(x);
         }
-        i += WIDE;
     }
-    let mut tail = 0.0;
-    for i in whole..n {
-        tail += f(i);
+    fold(lanes) + short_sum(rest.len(), |i| f(rest[i]))
+}
+
+/// `Σ f(x, y)`, over the shorter length.
+#[inline(always)]
+pub(crate) fn sum2(x: &[f32], y: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let n = x.len().min(y.len());
+    let (x, y) = (&x[..n], &y[..n]);
+    let mut lanes = [0f32; WIDE];
+    let blocks = x.chunks_exact(WIDE).zip(y.chunks_exact(WIDE));
+    for (x, y) in blocks {
+        for ((lane, &x), &y) in lanes.iter_mut().zip(x).zip(y) {
+            *lane += f(x, y);
+        }
     }
+    let whole = n / WIDE * WIDE;
+    let (x, y) = (&x[whole..], &y[whole..]);
+    fold(lanes) + short_sum(x.len().min(y.len()), |i| f(x[i], y[i]))
+}
+
+/// `Σ f(x, y, z)`, over the shortest length.
+#[inline(always)]
+pub(crate) fn sum3(x: &[f32], y: &[f32], z: &[f32], f: impl Fn(f32, f32, f32) -> f32) -> f32 {
+    let n = x.len().min(y.len()).min(z.len());
+    let (x, y, z) = (&x[..n], &y[..n], &z[..n]);
+    let mut lanes = [0f32; WIDE];
+    let blocks = x.chunks_exact(WIDE).zip(y.chunks_exact(WIDE)).zip(z.chunks_exact(WIDE));
+    for ((x, y), z) in blocks {
+        for (((lane, &x), &y), &z) in lanes.iter_mut().zip(x).zip(y).zip(z) {
+            *lane += f(x, y, z);
+        }
+    }
+    let whole = n / WIDE * WIDE;
+    let (x, y, z) = (&x[whole..], &y[whole..], &z[whole..]);
+    fold(lanes) + short_sum(x.len(), |i| f(x[i], y[i], z[i]))
+}
+
+/// The rest of a sum, shorter than [`WIDE`]: one more vector, then value by value.
+#[inline(always)]
+fn short_sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
+    let mut total = 0.0;
+    let mut from = 0;
+    if n >= LANES {
+        let mut lanes = [0f32; LANES];
+        for (i, lane) in lanes.iter_mut().enumerate() {
+            *lane = f(i);
+        }
+        total = halve(lanes);
+        from = LANES;
+    }
+    for i in from..n {
+        total += f(i);
+    }
+    total
+}
+
+#[inline(always)]
+fn fold(lanes: [f32; WIDE]) -> f32 {
     let mut half = [0f32; LANES];
     for lane in 0..LANES {
         half[lane] = lanes[lane] + lanes[lane + LANES];
     }
+    halve(half)
+}
+
+#[inline(always)]
+fn halve(mut lanes: [f32; LANES]) -> f32 {
     let mut step = LANES / 2;
     while step > 0 {
         for lane in 0..step {
-            half[lane] += half[lane + step];
+            lanes[lane] += lanes[lane + step];
         }
         step /= 2;
     }
-    half[0] + tail
+    lanes[0]
 }
 
 #[inline(always)]
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let n = a.len().min(b.len());
-    let (a, b) = (&a[..n], &b[..n]);
-    sum(n, |i| a[i] * b[i])
+    sum2(a, b, |a, b| a * b)
 }
 
 /// The largest value (`-inf` for none; NaN is passed over).
@@ -157,54 +213,27 @@ pub(crate) fn tanh(x: f32) -> f32 {
     if magnitude < 0.625 { near } else { far }
 }
 
-/// Error function to about 2e-7 relative.
+/// Error function to about 3e-7 relative: the rational approximation `x P(x²) / Q(x²)` on [-4, 4]
+/// that several numerical libraries share; beyond, erf is ±1 in f32.
 #[inline(always)]
 pub(crate) fn erf(x: f32) -> f32 {
-    erf_and_exp(x).0
-}
-
-/// The error function and `e^(-x²)`, which GELU's derivative needs too.
-#[inline(always)]
-pub(crate) fn erf_and_exp(x: f32) -> (f32, f32) {
+    let x = if x > 4.0 { 4.0 } else { x };
+    let x = if x < -4.0 { -4.0 } else { x };
     let square = x * x;
-    let gauss = exp(-square);
-    // |x| < 0.9: the Maclaurin series 2/√π (x - x³/3 + x⁵/10 - ...), enough terms for 1e-8.
-    let mut near = SERIES[SERIES.len() - 1];
-    let mut term = SERIES.len() - 1;
-    while term > 0 {
-        term -= 1;
-        near = near.mul_add(square, SERIES[term]);
-    }
-    let near = near * x;
-    // Otherwise 1 - t·poly(t)·e^(-x²) with t = 1/(1 + p|x|) (Abramowitz & Stegun 7.1.26): its
-    // absolute error of 1.5e-7 is relative to values above 0.79 here.
-    let magnitude = x.abs();
-    let t = 1.0 / 0.327_591_1f32.mul_add(magnitude, 1.0);
-    let q = 1.061_405_4f32;
-    let q = q.mul_add(t, -1.453_152_1);
-    let q = q.mul_add(t, 1.421_413_8);
-    let q = q.mul_add(t, -0.284_496_72);
-    let q = q.mul_add(t, 0.254_829_6);
-    let far = (1.0 - q * t * gauss).copysign(x);
-    (if magnitude < 0.9 { near } else { far }, gauss)
+    let p = -2.726_142_3e-10f32;
+    let p = p.mul_add(square, 2.770_681_4e-8);
+    let p = p.mul_add(square, -2.101_024e-6);
+    let p = p.mul_add(square, -5.692_506_4e-5);
+    let p = p.mul_add(square, -7.349_906_3e-4);
+    let p = p.mul_add(square, -2.954_599_8e-3);
+    let p = p.mul_add(square, -1.609_603_3e-2);
+    let q = -1.456_607_2e-5f32;
+    let q = q.mul_add(square, -2.133_740_6e-4);
+    let q = q.mul_add(square, -1.682_827e-3);
+    let q = q.mul_add(square, -7.373_329e-3);
+    let q = q.mul_add(square, -1.426_473_9e-2);
+    x * p / q
 }
-
-/// `2/√π (-1)^n / (n! (2n+1))`.
-const SERIES: [f32; 10] = {
-    let mut out = [0f32; 10];
-    let mut factorial = 1f64;
-    let mut n = 0;
-    while n < 10 {
-        if n > 0 {
-            factorial *= n as f64;
-        }
-        let sign = if n % 2 == 0 { 1.0 } else { -1.0 };
-        let value = std::f64::consts::FRAC_2_SQRT_PI * sign / (factorial * (2 * n + 1) as f64);
-        out[n] = value as f32;
-        n += 1;
-    }
-    out
-};
 
 /// A vector whose values are about to be written, every one of them.
 ///
@@ -281,7 +310,8 @@ mod tests {
     fn reductions_match_plain_loops() {
         for n in [0, 1, 15, 16, 31, 32, 33, 100] {
             let x: Vec<f32> = (0..n).map(|i| ((i * 37) % 11) as f32 - 5.0).collect();
-            assert_eq!(sum(n, |i| x[i]), x.iter().sum::<f32>());
+            assert_eq!(sum(&x, |x| x), x.iter().sum::<f32>());
+            assert_eq!(sum3(&x, &x, &x, |a, b, c| a * b + c), dot(&x, &x) + sum(&x, |x| x));
             assert_eq!(max(&x), x.iter().copied().fold(f32::NEG_INFINITY, f32::max));
             assert_eq!(dot(&x, &x), x.iter().map(|v| v * v).sum::<f32>());
         }

@@ -1,7 +1,7 @@
 //! Products with integer-quantised weights: y = x Wᵀ + b with W[o, k] = (q[o, k] - zero) * scale,
 //! one scale and zero for every output and group of columns, at 2, 3, 4, 5, 6 or 8 bits.
 //!
-//! [`LowBit`] keeps the codes in a layout made for wide registers (see [`layout`]) and exactly `bits`
+//! [`LowBit`] keeps the codes in a layout made for wide registers (see `layout.rs`) and exactly `bits`
 //! bits per weight, plus one scale and zero per group (two bytes each when f16 holds them exactly,
 //! else four). For 1 to 4 rows of x the codes are decoded in registers; more rows share decoded panels
 //! of weights and the products of [`crate::skinny`]. The layouts that other

@@ -50,9 +50,6 @@ fn glu(gate: Tensor<2>, up: Tensor<2>, activation: Activation) -> Tensor<2> {
     call.finish("glu", y, move |dy, [want_gate, want_up]| {
         let mut dgate = dy.into_vec();
         let dup = kernel::glu_backward(&gate, &up, &mut dgate, activation);
-        [
-            want_gate.then(|| Buffer::new(dgate, &shape)),
-            want_up.then(|| Buffer::new(dup, &shape)),
-        ]
+        [want_gate.then(|| Buffer::new(dgate, &shape)), want_up.then(|| Buffer::new(dup, &shape))]
     })
 }

@@ -22,8 +22,7 @@ pub fn attention(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, spec: &AttentionSpec)
     let (out, lse) = forward(&q_in.data, &k_in.data, &v_in.data, spec);
     let out = Buffer::new(out, &q_shape);
     let call = Call::new([&q_in, &k_in, &v_in]);
-    let (q, k, v, kept, spec) =
-        (q_in.data, k_in.data, v_in.data, out.clone(), spec.clone());
+    let (q, k, v, kept, spec) = (q_in.data, k_in.data, v_in.data, out.clone(), spec.clone());
     call.finish("attention", out, move |dout, wanted| {
         let pass = Forward { q: &q, k: &k, v: &v, out: &kept, lse: &lse };
         let [dq, dk, dv] = backward(pass, &dout, &spec, wanted);

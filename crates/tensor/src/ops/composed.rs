@@ -35,9 +35,7 @@ pub fn activate(x: Tensor<2>, activation: Activation) -> Tensor<2> {
     match activation {
         Activation::Relu => burn::tensor::activation::relu(x),
         Activation::Silu => x.clone() * burn::tensor::activation::sigmoid(x),
-        Activation::Gelu => {
-            x.clone() * ((x * std::f32::consts::FRAC_1_SQRT_2).erf() + 1.0) * 0.5
-        }
+        Activation::Gelu => x.clone() * ((x * std::f32::consts::FRAC_1_SQRT_2).erf() + 1.0) * 0.5,
         Activation::GeluTanh => {
             let cubic = x.clone().powi_scalar(3) * 0.044_715;
             let inner = (x.clone() + cubic) * std::f64::consts::FRAC_2_PI.sqrt();

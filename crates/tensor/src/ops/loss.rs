@@ -34,7 +34,7 @@ pub fn cross_entropy(logits: Tensor<2>, targets: &[u32], ignore: Option<u32>) ->
 
 /// [`cross_entropy`] of `x wᵀ` (`x [tokens, width]`, `w [vocab, width]`, targets equal to
 /// [`IGNORE`] not counted) without ever holding the logits of more than `chunk_tokens` tokens (0:
-/// a chunk of about 32 MiB). Gradients of tracked operands are computed in the forward pass.
+/// a chunk of about 64 MiB). Gradients of tracked operands are computed in the forward pass.
 ///
 /// # Panics
 /// If the shapes do not fit, there is not one target per token, or a counted target is not below
@@ -46,7 +46,10 @@ pub fn linear_cross_entropy(
     chunk_tokens: usize,
 ) -> Tensor<1> {
     let ([tokens, width], [vocab, w_width]) = (x.dims(), w.dims());
-    assert_eq!(width, w_width, "linear_cross_entropy: x [{tokens}, {width}] against w of {w_width}");
+    assert_eq!(
+        width, w_width,
+        "linear_cross_entropy: x [{tokens}, {width}] against w of {w_width}"
+    );
     check("linear_cross_entropy", tokens, vocab, targets, Some(IGNORE));
     let (Some(x_in), Some(w_in)) = (Operand::of(&x), Operand::of(&w)) else {
         return composed::linear_cross_entropy(x, w, targets);
@@ -71,7 +74,7 @@ pub fn linear_cross_entropy(
 }
 
 /// Logits of one chunk when the caller has no opinion.
-const DEFAULT_CHUNK_VALUES: usize = 8 << 20;
+const DEFAULT_CHUNK_VALUES: usize = 16 << 20;
 
 fn check(what: &str, tokens: usize, vocab: usize, targets: &[u32], ignore: Option<u32>) {
     assert_eq!(targets.len(), tokens, "{what}: {} targets for {tokens} tokens", targets.len());

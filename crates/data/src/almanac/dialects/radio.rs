@@ -2,10 +2,13 @@
 
 use super::Scene;
 
-const SITE: &[&str] = &["north", "south", "east", "west", "harbour", "airport", "stadium", "station"];
-const ALARM: &[&str] = &["link failure", "power loss", "high temperature", "low voltage", "clock drift"];
+const SITE: &[&str] =
+    &["north", "south", "east", "west", "harbour", "airport", "stadium", "station"];
+const ALARM: &[&str] =
+    &["link failure", "power loss", "high temperature", "low voltage", "clock drift"];
 const PART: &[&str] = &["antenna", "amplifier", "router", "battery", "feeder cable", "radio unit"];
-const MEASURE: &[&str] = &["throughput", "latency", "call drop rate", "packet loss", "signal level"];
+const MEASURE: &[&str] =
+    &["throughput", "latency", "call drop rate", "packet loss", "signal level"];
 const ACTION: &[&str] = &["restarted", "replaced", "reset", "isolated", "updated"];
 const CAUSE: &[&str] = &["interference", "congestion", "a wrong tilt", "a bad handover setting"];
 
@@ -13,10 +16,16 @@ pub(super) const SCENES: &[Scene] = &[
     Scene {
         slots: &[("site", SITE), ("alarm", ALARM), ("part", PART), ("action", ACTION)],
         sentences: &[
-            &["Alarm {n} reports {alarm} at the {site} site.", "The {site} site raised an alarm for {alarm}."],
+            &[
+                "Alarm {n} reports {alarm} at the {site} site.",
+                "The {site} site raised an alarm for {alarm}.",
+            ],
             &["Sector {m} is out of service.", "All carriers in sector {m} are down."],
             &["The field team {action} the {part}.", "The {part} was {action} by the field team."],
-            &["After {n} minutes the alarm was cleared.", "The alarm cleared and the sector came back."],
+            &[
+                "After {n} minutes the alarm was cleared.",
+                "The alarm cleared and the sector came back.",
+            ],
             &["Traffic is back to normal.", "The ticket is closed.", ""],
         ],
     },
@@ -24,29 +33,62 @@ pub(super) const SCENES: &[Scene] = &[
         slots: &[("site", SITE), ("site2", SITE), ("measure", MEASURE), ("cause", CAUSE)],
         sentences: &[
             &["The {measure} of cell {n} got worse.", "Cell {n} shows a poor {measure}."],
-            &["The cause was {cause} from the {site} site.", "The log points to {cause} near the {site} site."],
-            &["We changed the antenna tilt by {k} percent.", "The planner lowered the transmit power."],
-            &["The handover margin to the {site2} site was raised.", "Load was moved to the {site2} site."],
+            &[
+                "The cause was {cause} from the {site} site.",
+                "The log points to {cause} near the {site} site.",
+            ],
+            &[
+                "We changed the antenna tilt by {k} percent.",
+                "The planner lowered the transmit power.",
+            ],
+            &[
+                "The handover margin to the {site2} site was raised.",
+                "Load was moved to the {site2} site.",
+            ],
             &["The {measure} is within its target again.", "Since then the {measure} is stable."],
         ],
     },
     Scene {
         slots: &[("site", SITE), ("part", PART), ("measure", MEASURE)],
         sentences: &[
-            &["Tonight we upgrade the software of the {site} site.", "A maintenance window opens for the {site} site."],
-            &["Users will be moved to the neighbour cells first.", "Before the work the cells are locked."],
-            &["Then the {part} is checked and the backup is loaded.", "The {part} is tested by the engineer on duty."],
-            &["If the {measure} falls, roll back the change.", "Watch the {measure} for {n} minutes."],
-            &["Report the result to the operations centre.", "The operations centre confirms the end of the work."],
+            &[
+                "Tonight we upgrade the software of the {site} site.",
+                "A maintenance window opens for the {site} site.",
+            ],
+            &[
+                "Users will be moved to the neighbour cells first.",
+                "Before the work the cells are locked.",
+            ],
+            &[
+                "Then the {part} is checked and the backup is loaded.",
+                "The {part} is tested by the engineer on duty.",
+            ],
+            &[
+                "If the {measure} falls, roll back the change.",
+                "Watch the {measure} for {n} minutes.",
+            ],
+            &[
+                "Report the result to the operations centre.",
+                "The operations centre confirms the end of the work.",
+            ],
         ],
     },
     Scene {
         slots: &[("site", SITE), ("measure", MEASURE), ("part", PART)],
         sentences: &[
-            &["The backhaul link of the {site} site is at {k} percent load.", "The carrier at the {site} site serves {k} users."],
-            &["The spectrum is shared by {n} cells.", "The scheduler gives {n} blocks to each user."],
+            &[
+                "The backhaul link of the {site} site is at {k} percent load.",
+                "The carrier at the {site} site serves {k} users.",
+            ],
+            &[
+                "The spectrum is shared by {n} cells.",
+                "The scheduler gives {n} blocks to each user.",
+            ],
             &["A spare {part} is on the way.", "The {part} needs a new firmware."],
-            &["The dashboard shows the {measure} of the last {m} hours.", "The {measure} was measured in a drive test."],
+            &[
+                "The dashboard shows the {measure} of the last {m} hours.",
+                "The {measure} was measured in a drive test.",
+            ],
         ],
     },
 ];
