@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -285,7 +286,8 @@ def test_logits_and_sites(case, cases):
     names = list(found)
     layers = config.num_hidden_layers
     patterns = [f"blocks.{i}.attn.hook_pattern" for i in range(layers)]
-    ours = strata(folder, "--sites", ",".join(names + patterns + ["logits"]))
+    scores = [f"blocks.{i}.attn.hook_attn_scores" for i in range(layers)]
+    ours = strata(folder, "--sites", ",".join(names + patterns + scores + ["logits"]))
     seen, handles = {}, []
     for name, (module, side, part) in found.items():
         def act(x, name=name, part=part):
@@ -302,6 +304,7 @@ def test_logits_and_sites(case, cases):
         assert difference(ours[key], seen[name]) < TOLERANCE, name
     for i, name in enumerate(patterns):
         assert difference(ours[name], out.attentions[i]) < 1e-5, name
+        assert difference(ours[scores[i]].softmax(-1), out.attentions[i]) < 1e-5, scores[i]
     if family == "Gemma2":
         from_config = model.model.embed_tokens.weight[tokens] * config.hidden_size**0.5
         again = strata(folder, "--sites", "hook_embed")
@@ -349,20 +352,54 @@ def test_replace(case, cases):
         assert changed, f"neither constant nor factor at {name} changed anything"
 
 
-@pytest.mark.parametrize("case", ["llama", "gemma2"])
-def test_replace_attention(case, cases):
-    """Scores and patterns have no module to hook: replace them inside the eager attention."""
+@pytest.mark.parametrize("case", [c for c in CASES if CASES[c][0] in ROTARY])
+def test_rotated(case, cases, monkeypatch):
+    """Rotated queries and keys have no module to hook: see and replace what the function returns."""
+    folder, family, model, _config, tokens = cases(case)
+    module = sys.modules[type(model).__module__]
+    rotate, calls, change = module.apply_rotary_pos_emb, [], None
+
+    def watched(*args, **kwargs):
+        rotated = list(rotate(*args, **kwargs))
+        if len(calls) == 1 and change is not None:
+            rotated[change] = torch.full_like(rotated[change], 0.4)
+        calls.append([x.transpose(1, 2).flatten(0, 1).flatten(1) for x in rotated])
+        return tuple(rotated)
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", watched)
+    sites = ["blocks.1.attn.hook_rot_q", "blocks.1.attn.hook_rot_k"]
+    ours = strata(folder, "--sites", ",".join(sites))
+    with torch.no_grad():
+        model(tokens)
+    for site, theirs in zip(sites, calls[1]):
+        assert difference(ours[site], theirs) < TOLERANCE, site
+    for change, site in enumerate(sites):
+        calls.clear()
+        with torch.no_grad():
+            theirs = model(tokens).logits
+        assert difference(strata(folder, "--replace", f"{site}=0.4")["logits"], theirs) < TOLERANCE
+
+
+@pytest.mark.parametrize("site,value,weight", [
+    ("blocks.1.attn.hook_pattern", 0.125, 0.125),
+    ("blocks.1.attn.hook_attn_scores", 0.7, 1 / LENGTH),
+])
+@pytest.mark.parametrize("case", ["llama", "gemma2", "gpt2-by-layer"])
+def test_replace_attention(case, site, value, weight, cases):
+    """Scores and patterns have no module to hook. Constants there give every value one weight."""
     folder, family, model, config, tokens = cases(case)
-    ours = strata(folder, "--replace", "blocks.1.attn.hook_pattern=0.125")["logits"]
+    ours = strata(folder, "--replace", f"{site}={value}")["logits"]
     # A constant pattern makes z the scaled sum of the values; put exactly that in.
     attention = modules(family, model)["blocks"][1]
     values = {}
-    handles = [hook(attention["v"], "out", lambda x: values.update(v=x.clone()))]
+    part = Part(family, 2) if "fused" in attention else Whole()
+    source = attention.get("fused", attention.get("v"))
+    handles = [hook(source, "out", lambda x: values.update(v=part.get(x).clone()))]
 
     def mixed(_x):
-        heads = config.num_attention_heads // config.num_key_value_heads
-        v = values["v"].unflatten(-1, (config.num_key_value_heads, -1))
-        total = 0.125 * v.sum(1, keepdim=True).expand_as(v)
+        key_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+        heads = config.num_attention_heads // key_heads
+        v = values["v"].unflatten(-1, (key_heads, -1))
+        total = weight * v.sum(1, keepdim=True).expand_as(v)
         return total.repeat_interleave(heads, dim=2).flatten(-2)
     handles.append(hook(attention["o"], "in", mixed))
     with torch.no_grad():

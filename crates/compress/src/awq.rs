@@ -20,8 +20,9 @@ mod block;
 pub use block::quantize_block;
 
 /// Options of AWQ.
-#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
-#[derive(clap::Args)]
+#[derive(
+    Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize, schemars::JsonSchema, clap::Args,
+)]
 #[serde(default)]
 pub struct AwqOptions {
     /// How a channel's scale follows from the statistics: `plain` is the paper's, `duo` divides by the weights' own magnitude
@@ -122,7 +123,9 @@ impl AwqOptions {
     /// Refuses options that cannot work.
     pub fn check(&self) -> Result<()> {
         if self.search_points < 2 {
-            return Err(Error::Options("the scale search needs at least 2 points; 20 is usual".into()));
+            return Err(Error::Options(
+                "the scale search needs at least 2 points; 20 is usual".into(),
+            ));
         }
         if self.clip_tokens == 0 && !self.no_clip {
             return Err(Error::Options(
@@ -422,15 +425,13 @@ fn clip_limit(largest: f32, step: usize) -> f32 {
 /// Clamps every group of `matrix` to its limit.
 pub fn apply_clip(matrix: &mut Matrix, clip: &Clip, group_size: usize) {
     let groups = matrix.in_features.div_ceil(group_size);
-    matrix
-        .values
-        .par_chunks_mut(matrix.in_features)
-        .zip(clip.limits.par_chunks(groups))
-        .for_each(|(row, limits)| {
+    matrix.values.par_chunks_mut(matrix.in_features).zip(clip.limits.par_chunks(groups)).for_each(
+        |(row, limits)| {
             for (group, &limit) in row.chunks_mut(group_size).zip(limits) {
                 group.iter_mut().for_each(|w| *w = w.clamp(-limit, limit));
             }
-        });
+        },
+    );
 }
 
 /// Shares one scale among the query heads that read the same value head. Index of an input of the

@@ -55,7 +55,11 @@ fn token_lists(file: &Path) -> Result<Option<Vec<Vec<u32>>>> {
     Ok(serde_json::from_slice(&bytes).ok())
 }
 
-fn from_lists(file: &Path, ids: Vec<Vec<u32>>, options: &CalibrationOptions) -> Result<Calibration> {
+fn from_lists(
+    file: &Path,
+    ids: Vec<Vec<u32>>,
+    options: &CalibrationOptions,
+) -> Result<Calibration> {
     let length = options.sequence_length;
     let mut tokens = Vec::new();
     for (index, window) in ids.iter().take(options.samples).enumerate() {

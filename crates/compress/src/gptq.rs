@@ -23,8 +23,9 @@ use tensor::kernels::{Matrix as View, Output, matmul_serial};
 use tensor::linalg::Precision;
 
 /// Options of GPTQ.
-#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
-#[derive(clap::Args)]
+#[derive(
+    Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize, schemars::JsonSchema, clap::Args,
+)]
 #[serde(default)]
 pub struct GptqOptions {
     /// Quantise columns in the order of decreasing activation energy
@@ -70,8 +71,18 @@ impl Default for GptqOptions {
 }
 
 /// Floating-point type of the Hessian's factorisation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[derive(serde::Serialize, serde::Deserialize, schemars::JsonSchema, clap::ValueEnum)]
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Default,
+    serde::Serialize,
+    serde::Deserialize,
+    schemars::JsonSchema,
+    clap::ValueEnum,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Factorization {
     /// Double precision.
@@ -82,8 +93,18 @@ pub enum Factorization {
 }
 
 /// What happens when a Hessian cannot be factorised.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[derive(serde::Serialize, serde::Deserialize, schemars::JsonSchema, clap::ValueEnum)]
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Default,
+    serde::Serialize,
+    serde::Deserialize,
+    schemars::JsonSchema,
+    clap::ValueEnum,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum OnFailure {
     /// Stop with an error that names the layer.
@@ -262,9 +283,7 @@ pub fn quantize(
         .zip(grids.par_chunks_mut(ROWS * groups))
         .zip(matrix.values.par_chunks(ROWS * width))
         .enumerate()
-        .map(|(chunk, ((codes, grids), values))| {
-            plan.chunk(chunk * ROWS, values, codes, grids)
-        })
+        .map(|(chunk, ((codes, grids), values))| plan.chunk(chunk * ROWS, values, codes, grids))
         .collect();
     let contiguous = factor.order.is_none() || fixed.is_some() || groups == 1;
     let group_index = (!contiguous).then(|| {
@@ -424,7 +443,8 @@ impl Plan<'_> {
                 for (row, &code) in column_codes.iter().enumerate() {
                     codes[row * width + column] = code as u8;
                 }
-                let upper = &self.factor.upper[position * width + position + 1..position * width + end];
+                let upper =
+                    &self.factor.upper[position * width + position + 1..position * width + end];
                 spread_error(&mut tail[..upper.len() * rows], error, upper);
             }
             if end < width {

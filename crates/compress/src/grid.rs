@@ -20,8 +20,9 @@ use store::packed::QuantizedMatrix;
 pub const BITS: [u8; 6] = [2, 3, 4, 5, 6, 8];
 
 /// The integer grid of a quantised layer: bits, group size, symmetry.
-#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
-#[derive(clap::Args)]
+#[derive(
+    Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize, schemars::JsonSchema, clap::Args,
+)]
 #[serde(default)]
 pub struct GridOptions {
     /// Bits per weight: 2, 3, 4, 5, 6 or 8
@@ -54,8 +55,18 @@ impl Default for GridOptions {
 }
 
 /// What one scale covers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[derive(serde::Serialize, serde::Deserialize, schemars::JsonSchema, clap::ValueEnum)]
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Default,
+    serde::Serialize,
+    serde::Deserialize,
+    schemars::JsonSchema,
+    clap::ValueEnum,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Granularity {
     /// `group_size` consecutive inputs of one output row.
@@ -68,8 +79,18 @@ pub enum Granularity {
 }
 
 /// How the range of an asymmetric group is found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[derive(serde::Serialize, serde::Deserialize, schemars::JsonSchema, clap::ValueEnum)]
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Default,
+    serde::Serialize,
+    serde::Deserialize,
+    schemars::JsonSchema,
+    clap::ValueEnum,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Range {
     /// The range is widened to contain zero, so that no group collapses onto a clamped zero point.

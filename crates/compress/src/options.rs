@@ -7,8 +7,18 @@ use crate::{Error, Result};
 use store::packed::Layout;
 
 /// Which quantiser.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[derive(serde::Serialize, serde::Deserialize, schemars::JsonSchema, clap::ValueEnum)]
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Default,
+    serde::Serialize,
+    serde::Deserialize,
+    schemars::JsonSchema,
+    clap::ValueEnum,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Method {
     /// Round to nearest; needs no calibration text.
@@ -37,8 +47,18 @@ impl Method {
 }
 
 /// How quantised weights are written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[derive(serde::Serialize, serde::Deserialize, schemars::JsonSchema, clap::ValueEnum)]
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Default,
+    serde::Serialize,
+    serde::Deserialize,
+    schemars::JsonSchema,
+    clap::ValueEnum,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Format {
     /// compressed-tensors `pack-quantized`: transformers, vLLM.
@@ -85,8 +105,16 @@ pub struct Override {
 }
 
 /// Everything that decides what a quantisation job writes.
-#[derive(Debug, Clone, Default, PartialEq)]
-#[derive(serde::Serialize, serde::Deserialize, schemars::JsonSchema, clap::Args)]
+#[derive(
+    Debug,
+    Clone,
+    Default,
+    PartialEq,
+    serde::Serialize,
+    serde::Deserialize,
+    schemars::JsonSchema,
+    clap::Args,
+)]
 #[serde(default)]
 pub struct QuantizeOptions {
     /// Quantiser
@@ -126,8 +154,9 @@ pub struct QuantizeOptions {
 }
 
 /// Where calibration windows come from.
-#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
-#[derive(clap::Args)]
+#[derive(
+    Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize, schemars::JsonSchema, clap::Args,
+)]
 #[serde(default)]
 pub struct CalibrationOptions {
     /// Calibration text: .txt, .jsonl (key `text`), .json (list of strings, or of token id lists); without it the embedded almanac is used
@@ -154,8 +183,18 @@ impl Default for CalibrationOptions {
 }
 
 /// How calibration windows are drawn.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[derive(serde::Serialize, serde::Deserialize, schemars::JsonSchema, clap::ValueEnum)]
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Default,
+    serde::Serialize,
+    serde::Deserialize,
+    schemars::JsonSchema,
+    clap::ValueEnum,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Sampling {
     /// `documents` for AWQ, `windows` otherwise.
@@ -246,13 +285,15 @@ impl QuantizeOptions {
                     .into(),
             ));
         }
-        if self.gptq.act_order
+        let reordered = self.method == Method::Gptq
+            && self.gptq.act_order
             && !self.gptq.static_groups
-            && self.method == Method::Gptq
-            && self.format == Format::Awq
-        {
+            && self.grid.granularity == crate::grid::Granularity::Group
+            && self.grid.group_size > 0;
+        if reordered && matches!(self.format, Format::Awq | Format::CompressedTensors) {
             return Err(Error::Options(
-                "the awq format has no group index: add --static-groups, or use --format gptq"
+                "with --act-order the columns of a group are not neighbours, which this format \
+                 cannot hold: add --static-groups, or use --format gptq-v2"
                     .into(),
             ));
         }

@@ -88,7 +88,10 @@ impl Plan {
                     if let Some(grid) = &grid {
                         check_shape(&name, grid, options)?;
                         plan.bytes_after = plan.bytes_after.saturating_sub(saved(
-                            checkpoint, &name, grid, options.format,
+                            checkpoint,
+                            &name,
+                            grid,
+                            options.format,
                         )?);
                         quantised += 1;
                     }

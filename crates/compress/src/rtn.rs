@@ -12,8 +12,16 @@ use std::collections::BTreeMap;
 use store::packed::QuantizedMatrix;
 
 /// Options of RTN: none beyond the grid.
-#[derive(Debug, Clone, Default, PartialEq, serde::Serialize, serde::Deserialize)]
-#[derive(schemars::JsonSchema, clap::Args)]
+#[derive(
+    Debug,
+    Clone,
+    Default,
+    PartialEq,
+    serde::Serialize,
+    serde::Deserialize,
+    schemars::JsonSchema,
+    clap::Args,
+)]
 pub struct RtnOptions {}
 
 /// Quantises `matrix` (`[out, in]`) by rounding to nearest.
@@ -68,7 +76,13 @@ mod tests {
             for (granularity, groups) in
                 [(Granularity::Group, 3), (Granularity::Channel, 1), (Granularity::Tensor, 1)]
             {
-                let options = GridOptions { group_size: 16, symmetric, granularity, bits: 4, ..Default::default() };
+                let options = GridOptions {
+                    group_size: 16,
+                    symmetric,
+                    granularity,
+                    bits: 4,
+                    ..Default::default()
+                };
                 let grid = Grid::new(&options).unwrap();
                 let quantized = quantize(&matrix, &grid, &options);
                 assert_eq!(quantized.scales.len(), 5 * groups);

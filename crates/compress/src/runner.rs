@@ -218,9 +218,8 @@ impl Walk<'_> {
         let tied = decoder.config.tie_word_embeddings;
         for info in checkpoint.infos() {
             let name = &info.name;
-            let duplicate = tied
-                && name.ends_with("lm_head.weight")
-                && *name != decoder.embed.weight();
+            let duplicate =
+                tied && name.ends_with("lm_head.weight") && *name != decoder.embed.weight();
             if in_blocks.contains(name) || decoder.is_buffer(name) || duplicate {
                 continue;
             }
@@ -322,9 +321,8 @@ impl Walk<'_> {
                 ),
             ));
         }
-        let bytes = store::convert::from_f32(values, dtype).ok_or_else(|| {
-            Error::layer(name, format!("cannot be written as {}", dtype.name()))
-        })?;
+        let bytes = store::convert::from_f32(values, dtype)
+            .ok_or_else(|| Error::layer(name, format!("cannot be written as {}", dtype.name())))?;
         Ok(writer.add(name, dtype, shape, &bytes)?)
     }
 
@@ -358,8 +356,7 @@ impl Walk<'_> {
     ) -> Result<()> {
         let checkpoint = &self.model.checkpoint;
         let mut config = checkpoint.config()?.clone();
-        if let (Some(layout), Some(object)) =
-            (self.options.format.layout(), config.as_object_mut())
+        if let (Some(layout), Some(object)) = (self.options.format.layout(), config.as_object_mut())
         {
             let quantised: Vec<String> = layers.iter().map(|l| l.module.clone()).collect();
             let mut ignored: Vec<String> = self
@@ -383,7 +380,14 @@ impl Walk<'_> {
                 writer.put_json("quantize_config.json", &json)?;
             }
         }
-        let own = ["config.json", "quantize_config.json", "strata.json", "report.html", "report.json"];
+        let own = [
+            "config.json",
+            "quantize_config.json",
+            "strata.json",
+            "report.html",
+            "report.json",
+            "losses.jsonl",
+        ];
         if checkpoint.path().is_dir() {
             writer.carry(checkpoint.directory(), &own)?;
         }

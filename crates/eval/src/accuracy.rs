@@ -43,7 +43,11 @@ impl NextTokenAccuracy {
 ///
 /// # Errors
 /// A window below 2, fewer than two tokens, and the network's own.
-pub fn next_token_accuracy(model: &Model, tokens: &[u32], window: usize) -> Result<NextTokenAccuracy> {
+pub fn next_token_accuracy(
+    model: &Model,
+    tokens: &[u32],
+    window: usize,
+) -> Result<NextTokenAccuracy> {
     let started = Instant::now();
     if window < 2 || tokens.len() < 2 {
         return Err(option("window", "window and text need at least 2 tokens"));

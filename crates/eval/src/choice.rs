@@ -25,7 +25,9 @@ pub struct Question {
 }
 
 /// Some files write the index as text.
-fn index<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<usize, D::Error> {
+fn index<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<usize, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
     enum Index {
@@ -73,11 +75,8 @@ pub fn read_questions(path: &Path) -> Result<Vec<Question>> {
         .map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
     let mut all = Vec::new();
     for (number, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
-        let refuse = |reason: String| Error::Question {
-            path: path.to_path_buf(),
-            line: number + 1,
-            reason,
-        };
+        let refuse =
+            |reason: String| Error::Question { path: path.to_path_buf(), line: number + 1, reason };
         let question: Question = serde_json::from_str(line).map_err(|e| refuse(e.to_string()))?;
         if question.answer >= question.choices.len() {
             let (answer, n) = (question.answer, question.choices.len());
@@ -124,7 +123,8 @@ pub fn multiple_choice(
     let mut at = 0;
     while at < order.len() {
         let mut end = at + 1;
-        while end < order.len() && (end + 1 - at) * probes[order[end]].tokens.len() <= BATCH_TOKENS {
+        while end < order.len() && (end + 1 - at) * probes[order[end]].tokens.len() <= BATCH_TOKENS
+        {
             end += 1;
         }
         let group = &order[at..end];

@@ -46,7 +46,12 @@ impl Comparison {
 ///
 /// # Errors
 /// No tokens, vocabularies of different size, and the networks' own.
-pub fn compare(reference: &Model, other: &Model, tokens: &[u32], window: usize) -> Result<Comparison> {
+pub fn compare(
+    reference: &Model,
+    other: &Model,
+    tokens: &[u32],
+    window: usize,
+) -> Result<Comparison> {
     if tokens.is_empty() || window == 0 {
         return Err(option("text", "no tokens to compare on"));
     }

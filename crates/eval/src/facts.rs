@@ -226,25 +226,23 @@ fn answers(model: &Model, tokenizer: &Tokenizer, group: &[Probe]) -> Result<Vec<
         let best = host::read(&logits, |v| argmax(v, vocabulary));
         for (row, best) in rows.iter().zip(best) {
             let (i, at) = (row / length, row % length);
-            let expected = group[i].tokens.get(at + 1);
-            right[i] &= match expected {
-                Some(expected) => *expected == best,
-                None => !continues_word(tokenizer, best)?,
-            };
+            let tokens = &group[i].tokens;
+            right[i] = right[i]
+                && match tokens.get(at + 1) {
+                    Some(expected) => *expected == best,
+                    None => !continues_word(tokenizer, &tokens[group[i].object..], best)?,
+                };
         }
         Ok(())
     })?;
     Ok(right)
 }
 
-/// Whether a token continues the word before it.
-fn continues_word(tokenizer: &Tokenizer, token: u32) -> Result<bool> {
-    // Decoded on its own a sentencepiece token may lose its leading space, so its piece decides.
-    let piece = match tokenizer.token_text(token) {
-        Some(piece) => piece,
-        None => tokenizer.decode(&[token], false)?,
-    };
-    // Byte-level vocabularies write spaces and controls as letters from U+0100 on.
-    let stands_for_space = |c: char| ('\u{100}'..='\u{120}').contains(&c);
-    Ok(piece.starts_with(|c: char| c.is_alphanumeric() && !stands_for_space(c)))
+/// Whether `next` continues the word that `tokens` end with.
+fn continues_word(tokenizer: &Tokenizer, tokens: &[u32], next: u32) -> Result<bool> {
+    // Decoded together, because a token alone may lose its leading space.
+    let before = tokenizer.decode(tokens, true)?;
+    let after = tokenizer.decode(&[tokens, &[next]].concat(), true)?;
+    let rest = after.strip_prefix(before.as_str()).unwrap_or_default();
+    Ok(rest.starts_with(char::is_alphanumeric))
 }

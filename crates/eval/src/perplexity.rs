@@ -82,7 +82,12 @@ fn windows(length: usize, window: usize, stride: usize) -> Vec<Window> {
 ///
 /// # Errors
 /// A window or stride of 0, a stride longer than the window, fewer than two tokens, and the network's own.
-pub fn perplexity(model: &Model, tokens: &[u32], window: usize, stride: usize) -> Result<Perplexity> {
+pub fn perplexity(
+    model: &Model,
+    tokens: &[u32],
+    window: usize,
+    stride: usize,
+) -> Result<Perplexity> {
     perplexity_with(model, tokens, window, stride, &Progress::hidden())
 }
 
@@ -99,7 +104,10 @@ pub fn perplexity_with(
 ) -> Result<Perplexity> {
     let started = Instant::now();
     if window < 2 {
-        return Err(option("window", format!("{window} token(s) predict nothing; give at least 2")));
+        return Err(option(
+            "window",
+            format!("{window} token(s) predict nothing; give at least 2"),
+        ));
     }
     if stride == 0 || stride > window {
         return Err(option("stride", format!("{stride} is not in 1..={window} (the window)")));
@@ -156,7 +164,9 @@ fn losses(model: &Model, tokens: &[u32], group: &[Window]) -> Result<Vec<f64>> {
     let mut sums = vec![0.0f64; group.len()];
     logits_of(model, &joined, group.len(), &rows, |rows, logits| {
         let mut from = 0;
-        for (window, part) in rows.chunk_by(|a, b| a / length == b / length).map(|p| (p[0] / length, p)) {
+        for (window, part) in
+            rows.chunk_by(|a, b| a / length == b / length).map(|p| (p[0] / length, p))
+        {
             let targets: Vec<u32> = part.iter().map(|row| joined[row + 1]).collect();
             let piece = logits.clone().narrow(0, from, part.len());
             let mean = ops::cross_entropy(piece, &targets, None);

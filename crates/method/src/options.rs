@@ -181,7 +181,7 @@ fn describe(property: &Value, target: &Value) -> String {
         let meaning = branch.get("description").and_then(Value::as_str).map(paragraph);
         if let (Some(name), Some(meaning)) = (name, meaning) {
             if !text.is_empty() {
-                text.push(' ');
+                text.push_str(if text.ends_with(['.', ':', '!', '?']) { " " } else { ". " });
             }
             text.push_str(&format!("`{name}`: {meaning}"));
         }
@@ -246,7 +246,7 @@ mod tests {
         bits: u8,
         /// Damping, as a fraction.
         damping: f32,
-        /// Order of columns.
+        /// Order of columns
         order: Order,
         /// Weights per scale.
         group_size: Option<usize>,

@@ -11,7 +11,8 @@ use tensor::rng::Rng;
 use crate::{Context, Error, KvCache, Model, Result, Taps};
 
 /// How the next token is picked.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Sampling {
     /// Logits are divided by it; 0 picks the largest logit (greedy).
     pub temperature: f32,

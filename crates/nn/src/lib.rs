@@ -7,7 +7,7 @@
 //!
 //! - `site`, `tap`: the places activations can be seen, and who sees them;
 //! - `name`, `weights`, `overlay`, `quantized`: the weights seam and its implementations;
-//! - `config`, `family`: architectures as data, read from `config.json`;
+//! - `config`, `keys`, `family`: architectures as data, read from `config.json`;
 //! - `decoder`, `forward`, `attend`, `rope`, `cache`: names, the staged block, positions, KV cache;
 //! - `mapping`: which norm or linear can absorb a scale (what AWQ and rotations fold through);
 //! - `model`, `generate`: opening a checkpoint and sampling from it.
@@ -22,6 +22,7 @@ pub mod error;
 pub mod family;
 mod forward;
 pub mod generate;
+mod keys;
 pub mod mapping;
 pub mod model;
 pub mod name;

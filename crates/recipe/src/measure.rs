@@ -8,8 +8,9 @@ use nn::Model;
 use std::path::{Path, PathBuf};
 
 /// What a job measures before and after.
-#[derive(Debug, Clone, PartialEq)]
-#[derive(serde::Serialize, serde::Deserialize, schemars::JsonSchema, clap::Args)]
+#[derive(
+    Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize, schemars::JsonSchema, clap::Args,
+)]
 #[serde(default, deny_unknown_fields)]
 pub struct MeasureOptions {
     /// Held-out text for perplexity; without it the almanac's test text is used

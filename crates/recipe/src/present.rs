@@ -50,7 +50,10 @@ pub fn quantize(
     if let Some(m) = measures {
         report.fact(
             "perplexity",
-            format!("{:.4} -> {:.4}", m.before.perplexity.perplexity, m.after.perplexity.perplexity),
+            format!(
+                "{:.4} -> {:.4}",
+                m.before.perplexity.perplexity, m.after.perplexity.perplexity
+            ),
         );
         report.fact("same next token", human::percent(m.distance.agreement));
     }
@@ -164,11 +167,8 @@ fn layer_charts(section: &mut Section, layers: &[LayerResult], blocks: usize) {
         .over((0..blocks).map(|b| b.to_string()))
         .logarithmic();
     for role in &roles {
-        let points = layers
-            .iter()
-            .filter(|l| l.role == *role)
-            .map(|l| (l.block as f64, error(l)))
-            .collect();
+        let points =
+            layers.iter().filter(|l| l.role == *role).map(|l| (l.block as f64, error(l))).collect();
         chart = chart.points(*role, points);
     }
     section.push(chart);

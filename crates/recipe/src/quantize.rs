@@ -2,7 +2,7 @@
 //!
 //! Plan, measure, stream, measure again, report. The mathematics is in `compress`.
 
-use crate::measure::{Measurement, MeasureOptions, Measures};
+use crate::measure::{MeasureOptions, Measurement, Measures};
 use crate::{Error, Result, present};
 use compress::{Outcome, Plan, QuantizeOptions, Target};
 use data::Tokenizer;
@@ -77,14 +77,22 @@ impl QuantizeJob {
         let seconds = started.elapsed().as_secs_f64();
         let quantised = Model::open(&outcome.path)?;
         let bytes = (model.checkpoint.total_bytes(), quantised.checkpoint.total_bytes());
-        let measures = if self.measure.skip { None } else { Some(self.measure(&model, &quantised)?) };
+        let measures =
+            if self.measure.skip { None } else { Some(self.measure(&model, &quantised)?) };
         let report =
             present::quantize(self, &outcome, measures.as_ref(), bytes, seconds, &model.decoder);
         let html = outcome.path.join("report.html");
         store::write_atomic(&html, report.html().as_bytes())?;
         let json = serde_json::to_vec_pretty(&report.json()).unwrap_or_default();
         store::write_atomic(&outcome.path.join("report.json"), &json)?;
-        Ok(Finished { path: outcome.path, layers: outcome.layers, measures, bytes, seconds, report })
+        Ok(Finished {
+            path: outcome.path,
+            layers: outcome.layers,
+            measures,
+            bytes,
+            seconds,
+            report,
+        })
     }
 
     fn stream(&self, model: &Model, plan: &Plan) -> Result<Outcome> {
@@ -114,8 +122,7 @@ impl QuantizeJob {
             overwrite: self.overwrite,
             provenance: self.provenance(model)?,
         };
-        let outcome =
-            compress::run(model, plan, &self.options, &calibration, &target, &progress)?;
+        let outcome = compress::run(model, plan, &self.options, &calibration, &target, &progress)?;
         if outcome.resumed_blocks > 0 {
             report::note(&format!(
                 "resumed: {} of {} blocks were done already",
@@ -173,13 +180,7 @@ impl QuantizeJob {
     /// The outcome of a job that had finished before, from its own record.
     fn finished_outcome(&self, path: PathBuf) -> Result<Outcome> {
         let layers = read_layers(&path)?;
-        Ok(Outcome {
-            path,
-            layers,
-            warnings: Vec::new(),
-            resumed_blocks: 0,
-            spilled_bytes: 0,
-        })
+        Ok(Outcome { path, layers, warnings: Vec::new(), resumed_blocks: 0, spilled_bytes: 0 })
     }
 }
 

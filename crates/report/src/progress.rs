@@ -11,6 +11,8 @@ use crate::{human, messages};
 
 /// How often a plain line may appear where there is no terminal.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(5);
+/// Shorter work is not worth a last line.
+const WORTH_A_LINE: Duration = Duration::from_secs(1);
 
 /// All bars of the process, so that messages can be printed above them.
 static BARS: OnceLock<MultiProgress> = OnceLock::new();
@@ -103,7 +105,8 @@ impl Progress {
         }
     }
 
-    /// Ends the display: the bar goes away and one line says what was done and how long it took.
+    /// Ends the display: the bar goes away and one line says what was done and how long it took
+    /// (not for work of less than a second, unless details are wanted).
     pub fn finish(&self) {
         match &self.inner.show {
             Show::Nothing => return,
@@ -117,6 +120,9 @@ impl Progress {
             }
         }
         let inner = &self.inner;
+        if inner.started.elapsed() < WORTH_A_LINE && messages::verbosity() < 1 {
+            return;
+        }
         messages::line(&format!(
             "{}: {} in {}",
             inner.label,

@@ -366,11 +366,13 @@ fn category(chart: &Chart, x: f64) -> String {
     }
 }
 
-/// Adds a paragraph broken at spaces, indented, each line dressed by `dress`.
+/// Adds text broken at spaces, indented, each line dressed by `dress`. Spaces in front of a line of
+/// the text indent that whole line further.
 fn wrap(out: &mut String, text: &str, style: Style, indent: usize, dress: impl Fn(&str) -> String) {
-    let room = style.width.min(TEXT_WIDTH).saturating_sub(indent).max(NARROWEST);
-    let margin = " ".repeat(indent);
-    for paragraph in text.trim().lines() {
+    for paragraph in text.trim_end().trim_start_matches('\n').lines() {
+        let own = paragraph.chars().take_while(|c| *c == ' ').count().min(TEXT_WIDTH / 4);
+        let room = style.width.min(TEXT_WIDTH).saturating_sub(indent + own).max(NARROWEST);
+        let margin = " ".repeat(indent + own);
         let mut current = String::new();
         for word in clean(paragraph).split_whitespace() {
             let length = chars(&current);
@@ -473,6 +475,14 @@ mod tests {
         assert!(plain.contains("✓ holds  awq  (seed 0)"), "{plain}");
         let colored = report.terminal(Style { color: true, width: 80 });
         assert!(colored.contains("\u{1b}[1;32m✓ holds\u{1b}[0m"));
+    }
+
+    #[test]
+    fn wrapped_lines_keep_their_indent() {
+        let mut out = String::new();
+        let style = Style { color: false, width: 20 };
+        wrap(&mut out, "bits: integer\n    Bits per weight, of all", style, 0, str::to_string);
+        assert_eq!(out, "bits: integer\n    Bits per weight,\n    of all\n");
     }
 
     #[test]

@@ -168,8 +168,7 @@ pub fn measure(
 fn calibration(settings: &Settings, subject: &Subject, seed: u64) -> Result<Calibration> {
     let count = if settings.fast { 16 } else { 64 };
     let (length, documents) = (subject.window, &subject.calibration);
-    let windows =
-        text::calibration_random(documents, &subject.tokenizer, count, length, seed)?;
+    let windows = text::calibration_random(documents, &subject.tokenizer, count, length, seed)?;
     Ok(Calibration::new(windows.tokens, windows.length)?)
 }
 
@@ -190,12 +189,8 @@ fn run(
     };
     let plan = Plan::new(&model.decoder, &model.checkpoint, &options)?;
     let out = settings.scratch.join("arm");
-    let target = Target {
-        out: &out,
-        resume: false,
-        overwrite: true,
-        provenance: serde_json::Value::Null,
-    };
+    let target =
+        Target { out: &out, resume: false, overwrite: true, provenance: serde_json::Value::Null };
     let progress = report::Progress::hidden();
     let outcome = compress::run(model, &plan, &options, calibration, &target, &progress)?;
     let value = perplexity(&Model::open(&outcome.path)?, subject)?;
@@ -229,7 +224,8 @@ pub fn table(title: &str, measured: &[Measured], arms: &[Arm]) -> Table {
     columns.extend(arms.iter().map(|arm| Column::right(arm.label())));
     let mut table = Table::new(title, columns);
     for m in measured {
-        let group = if m.condition.group == 0 { "row".into() } else { m.condition.group.to_string() };
+        let group =
+            if m.condition.group == 0 { "row".into() } else { m.condition.group.to_string() };
         let mut row = vec![
             Cell::text(&m.condition.model),
             Cell::text(m.condition.weights),

@@ -13,8 +13,7 @@ pub(crate) const REPRODUCTION: Reproduction = Reproduction {
     run,
 };
 
-const ARMS: [Arm; 6] =
-    [Arm::Rtn, Arm::Scale, Arm::Clip, Arm::ScaleClip, Arm::DuoClip, Arm::Gptq];
+const ARMS: [Arm; 6] = [Arm::Rtn, Arm::Scale, Arm::Clip, Arm::ScaleClip, Arm::DuoClip, Arm::Gptq];
 
 fn run(settings: &Settings) -> Result<Findings> {
     let mut findings = Findings::default();
@@ -57,9 +56,8 @@ fn select<'a>(measured: &'a [Measured], bits: u8, weights: Option<&str>) -> Vec<
 /// Claim 1: at 3 bits, scale + clip (plain or duo) < RTN, natural and planted, every seed.
 fn beats_rounding(measured: &[Measured]) -> Claim {
     let here = select(measured, 3, None);
-    let beats = |m: &&Measured, arm: Arm| {
-        m.of(arm).iter().zip(m.of(Arm::Rtn)).all(|(awq, rtn)| awq < rtn)
-    };
+    let beats =
+        |m: &&Measured, arm: Arm| m.of(arm).iter().zip(m.of(Arm::Rtn)).all(|(awq, rtn)| awq < rtn);
     Claim {
         slug: "awq".into(),
         claim: "3 bits: scale+clip (plain or duo) < RTN in perplexity, natural and planted, every \
@@ -74,9 +72,7 @@ fn beats_rounding(measured: &[Measured]) -> Claim {
             "gptq": arms::json(&here, Arm::Gptq),
         }),
         seeds: SEEDS.to_vec(),
-        holds: Some(
-            here.iter().all(|m| beats(m, Arm::ScaleClip) || beats(m, Arm::DuoClip)),
-        ),
+        holds: Some(here.iter().all(|m| beats(m, Arm::ScaleClip) || beats(m, Arm::DuoClip))),
     }
 }
 

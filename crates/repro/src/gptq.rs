@@ -22,11 +22,10 @@ fn run(settings: &Settings) -> Result<Findings> {
     let measured = arms::measure(settings, &subjects, bits, arms)?;
     findings.tables.push(arms::table("Perplexity, mean of 3 calibration seeds", &measured, arms));
     for &width in bits {
-        let here: Vec<&Measured> =
-            measured.iter().filter(|m| m.condition.bits == width).collect();
-        let beats = here.iter().all(|m| {
-            m.of(Arm::Gptq).iter().zip(m.of(Arm::Rtn)).all(|(gptq, rtn)| gptq < rtn)
-        });
+        let here: Vec<&Measured> = measured.iter().filter(|m| m.condition.bits == width).collect();
+        let beats = here
+            .iter()
+            .all(|m| m.of(Arm::Gptq).iter().zip(m.of(Arm::Rtn)).all(|(gptq, rtn)| gptq < rtn));
         let gated = width < 4;
         findings.claims.push(Claim {
             slug: "gptq".into(),

@@ -73,7 +73,10 @@ pub struct Reproduction {
 pub const ALL: &[Reproduction] = &[rtn::REPRODUCTION, gptq::REPRODUCTION, awq::REPRODUCTION];
 
 /// Runs reproductions one after the other and puts what they found on one page.
-pub fn run(selected: &[&Reproduction], settings: &Settings) -> Result<(Report, Vec<report::Claim>)> {
+pub fn run(
+    selected: &[&Reproduction],
+    settings: &Settings,
+) -> Result<(Report, Vec<report::Claim>)> {
     let names: Vec<&str> = selected.iter().map(|r| r.slug).collect();
     let mut page = Report::new("Reproductions", names.join(", "));
     let mut claims = Vec::new();

@@ -1,5 +1,6 @@
 //! GGUF files as converters write them, seen in Hugging Face layout, and files that lie. The
 //! fixtures are made by fixtures/make.py with ggml's Python package.
+#![allow(clippy::unwrap_used, clippy::panic)] // helpers of tests are tests, too
 
 use std::path::{Path, PathBuf};
 

@@ -1,5 +1,6 @@
 //! PyTorch files as users have them: archives, legacy files, and files that mean harm. The fixtures
 //! are made by fixtures/make.py; tensors there count in steps of 0.5.
+#![allow(clippy::unwrap_used, clippy::panic)] // helpers of tests are tests, too
 
 use std::path::{Path, PathBuf};
 

@@ -67,6 +67,7 @@ pub fn write<const D: usize, R>(tensor: &mut Tensor<D>, f: impl FnOnce(&mut [f32
 type CpuTensor = FloatTensor<Flex>;
 
 /// The CPU memory behind a tensor without a gradient graph, or the tensor back.
+#[allow(clippy::result_large_err)] // Both sides are the tensor itself; boxing would only cost.
 fn cpu_primitive<const D: usize>(tensor: Tensor<D>) -> Result<CpuTensor, Tensor<D>> {
     use burn::backend::DispatchDevice;
     use burn::tensor::DType;

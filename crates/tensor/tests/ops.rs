@@ -1,5 +1,7 @@
 //! Every fused operation against its composed version: values and gradients on odd shapes, each
 //! pattern of tracked operands, plain and autodiff devices mixed; and gradients by differences.
+#![allow(clippy::unwrap_used)] // Helpers of tests, outside of test functions.
+
 use strata_tensor::ops::{self, Activation, AttentionSpec, IGNORE, RopeTable, composed};
 use strata_tensor::{Tensor, device, host};
 

@@ -1,7 +1,9 @@
 //! Values and gradients against PyTorch (2.x, float64). Inputs follow one exact sequence, so that
 //! the numbers can be computed again: value `i` is `((37 i + shift) mod 23 - 11) / 8`; every result
 //! is weighted by such a sequence and summed before differentiating.
-use strata_tensor::ops::{self, Activation, AttentionSpec};
+#![allow(clippy::unwrap_used)] // Helpers of tests, outside of test functions.
+
+use strata_tensor::ops::{self, Activation, AttentionSpec, RopeTable};
 use strata_tensor::{Device, Tensor, device, host};
 
 fn cpu() -> Device {
@@ -191,4 +193,86 @@ fn cross_entropy() {
         0.0763276701,
     ];
     close("dlogits", host::into_vec(logits.grad(&grads).unwrap()), &wanted);
+}
+
+#[test]
+fn attention_with_window_and_softcap() {
+    let spec = AttentionSpec {
+        batch: 1,
+        queries: 4,
+        keys: 4,
+        heads: 1,
+        kv_heads: 1,
+        head_dim: 2,
+        scale: 0.5,
+        causal: true,
+        offset: 0,
+        window: Some(2),
+        softcap: Some(1.5),
+    };
+    let (q, k, v) = (leaf([4, 2], 0), leaf([4, 2], 4), leaf([4, 2], 8));
+    let y = ops::attention(q.clone(), k.clone(), v.clone(), &spec);
+    let wanted = [
+        -0.375,
+        1.375,
+        -0.237961214,
+        0.881660369,
+        0.50761402,
+        -0.61738598,
+        -0.228935206,
+        0.0566486684,
+    ];
+    close("attention", host::into_vec(y.clone()), &wanted);
+    let grads = (y * host::from_vec(sequence(8, 2), [4, 2], &cpu())).sum().backward();
+    let wanted = [
+        0.0,
+        0.0,
+        -0.124887205,
+        0.497966588,
+        -0.0347730022,
+        -0.0204248796,
+        -0.145567245,
+        -0.142830606,
+    ];
+    close("dq", host::into_vec(q.grad(&grads).unwrap()), &wanted);
+    let wanted = [
+        -0.156243457,
+        0.20832461,
+        0.166192425,
+        -0.289567901,
+        0.122100037,
+        -0.0672117297,
+        -0.115724026,
+        0.144655032,
+    ];
+    close("dk", host::into_vec(k.grad(&grads).unwrap()), &wanted);
+    let wanted = [
+        -1.51536897,
+        1.60092243,
+        -0.036153833,
+        -0.313739996,
+        0.433544402,
+        -0.603193231,
+        0.367978402,
+        -0.183989201,
+    ];
+    close("dv", host::into_vec(v.grad(&grads).unwrap()), &wanted);
+}
+
+/// Against `apply_rotary_pos_emb` of the Hugging Face Llama.
+#[test]
+fn rope() {
+    let table = RopeTable::from_base(100.0, 4, 4);
+    let y = ops::rope(leaf([2, 4], 0), &table, &[3, 1], 4);
+    let wanted = [
+        1.46707969,
+        0.0627309768,
+        0.548454361,
+        1.06615657,
+        -0.488273281,
+        -1.18135932,
+        0.16496728,
+        -0.746669374,
+    ];
+    close("rope", host::into_vec(y), &wanted);
 }

@@ -29,7 +29,14 @@ struct Shape {
     length: usize,
 }
 
-fn llama(hidden: usize, inner: usize, layers: usize, heads: usize, kv: usize, vocab: usize) -> Value {
+fn llama(
+    hidden: usize,
+    inner: usize,
+    layers: usize,
+    heads: usize,
+    kv: usize,
+    vocab: usize,
+) -> Value {
     json!({
         "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner,
         "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv,

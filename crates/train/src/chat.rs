@@ -5,8 +5,8 @@
 //! because messages are tokenised on their own.
 
 use crate::error::{Error, Result};
-pub use data::almanac::Message;
 use data::Tokenizer;
+pub use data::almanac::Message;
 use serde::Deserialize;
 use std::path::Path;
 

@@ -131,7 +131,9 @@ pub struct AlmanacSource {
 }
 
 /// How large the almanac's world is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum AlmanacSize {
     /// That of the sample models.
@@ -142,7 +144,9 @@ pub enum AlmanacSize {
 }
 
 /// Which texts of the almanac.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum AlmanacPart {
     /// Facts, stories, dialects and drills as plain documents.
@@ -153,7 +157,9 @@ pub enum AlmanacPart {
 }
 
 /// A split of the almanac.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Split {
     /// What models are trained on.
@@ -208,7 +214,9 @@ pub struct ScheduleConfig {
 }
 
 /// Number format of saved weights.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// 32-bit floats, as trained.
@@ -299,16 +307,24 @@ impl TrainConfig {
     pub fn validate(&self) -> Result<()> {
         match (&self.model, &self.init) {
             (None, None) => {
-                return Err(config("model", "give `model` (train from scratch) or `init` (continue a checkpoint)"));
+                return Err(config(
+                    "model",
+                    "give `model` (train from scratch) or `init` (continue a checkpoint)",
+                ));
             }
             (Some(_), Some(_)) => {
-                return Err(config("model", "`model` and `init` exclude each other; `init` brings its own config"));
+                return Err(config(
+                    "model",
+                    "`model` and `init` exclude each other; `init` brings its own config",
+                ));
             }
             _ => {}
         }
         match (self.steps, self.epochs) {
             (None, None) => return Err(config("steps", "give `steps` or `epochs`")),
-            (Some(_), Some(_)) => return Err(config("steps", "`steps` and `epochs` exclude each other")),
+            (Some(_), Some(_)) => {
+                return Err(config("steps", "`steps` and `epochs` exclude each other"));
+            }
             (Some(0), None) => return Err(config("steps", "must be at least 1")),
             (None, Some(e)) if !(e.is_finite() && e > 0.0) => {
                 return Err(config("epochs", "must be a positive number"));
@@ -381,8 +397,18 @@ impl OptimizerConfig {
         }
         for group in &self.groups {
             parse_pattern("optimizer.groups.pattern", &group.pattern)?;
-            within("optimizer.groups.learning_rate_scale", group.learning_rate_scale, 0.0, f64::MAX)?;
-            within("optimizer.groups.weight_decay", group.weight_decay.unwrap_or(0.0), 0.0, f64::MAX)?;
+            within(
+                "optimizer.groups.learning_rate_scale",
+                group.learning_rate_scale,
+                0.0,
+                f64::MAX,
+            )?;
+            within(
+                "optimizer.groups.weight_decay",
+                group.weight_decay.unwrap_or(0.0),
+                0.0,
+                f64::MAX,
+            )?;
         }
         Ok(())
     }
@@ -397,7 +423,8 @@ fn within(field: &str, value: f64, low: f64, high: f64) -> Result<()> {
     if value.is_finite() && value >= low && value <= high {
         return Ok(());
     }
-    let range = if high == f64::MAX { format!("at least {low}") } else { format!("{low} to {high}") };
+    let range =
+        if high == f64::MAX { format!("at least {low}") } else { format!("{low} to {high}") };
     Err(config(field, format!("{value} is not a number of {range}")))
 }
 

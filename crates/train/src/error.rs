@@ -42,7 +42,9 @@ pub enum Error {
         found: String,
     },
     /// Training left the finite numbers.
-    #[error("training diverged at step {step}: {what}; lower `optimizer.learning_rate`, lengthen `schedule.warmup_steps` or set `clip_norm`")]
+    #[error(
+        "training diverged at step {step}: {what}; lower `optimizer.learning_rate`, lengthen `schedule.warmup_steps` or set `clip_norm`"
+    )]
     Diverged {
         /// The optimiser step (one-based) whose loss or gradient was not finite.
         step: u64,

@@ -63,7 +63,11 @@ impl Corpus {
     fn epoch(&self, length: usize, rng: &mut Rng, pad: u32) -> Epoch {
         let mut order: Vec<usize> = (0..self.documents()).collect();
         rng.shuffle(&mut order);
-        if self.whole { self.pack(&order, length, rng, pad) } else { self.join(&order, length, rng) }
+        if self.whole {
+            self.pack(&order, length, rng, pad)
+        } else {
+            self.join(&order, length, rng)
+        }
     }
 
     fn join(&self, order: &[usize], length: usize, rng: &mut Rng) -> Epoch {
@@ -301,7 +305,8 @@ mod tests {
     fn skipping_is_drawing() {
         let tokens: Vec<u32> = (0..301).collect();
         let make = || {
-            let sources = vec![(plain(&[&tokens]), Some(2.0)), (plain(&[&tokens[..150]]), Some(1.0))];
+            let sources =
+                vec![(plain(&[&tokens]), Some(2.0)), (plain(&[&tokens[..150]]), Some(1.0))];
             Loader::new(sources, 10, 0, 3).unwrap()
         };
         let (mut a, mut b) = (make(), make());

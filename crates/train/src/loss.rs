@@ -10,7 +10,11 @@ use nn::{Batch, Context, Decoder, Taps, Weights};
 use tensor::{Tensor, host, ops};
 
 /// Mean loss of a batch in nats per counted target, as a scalar that can be backpropagated.
-pub fn batch_loss(decoder: &Decoder, weights: &dyn Weights, batch: &TokenBatch) -> Result<Tensor<1>> {
+pub fn batch_loss(
+    decoder: &Decoder,
+    weights: &dyn Weights,
+    batch: &TokenBatch,
+) -> Result<Tensor<1>> {
     let mut context = Context::new(Batch::new(batch.rows, batch.length));
     let hidden = decoder.hidden(weights, &batch.tokens, &mut context, &mut Taps::none())?;
     let head = weights.matrix(&decoder.head)?;

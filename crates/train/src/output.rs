@@ -127,7 +127,8 @@ fn report(run: &Finished<'_>, record: &Value) -> Report {
     };
     let mut loss = line("Loss", "nats per token", &|r| r.loss, "training");
     if !evaluations.is_empty() {
-        loss = loss.points("evaluation", evaluations.iter().map(|(s, l)| (*s as f64, *l)).collect());
+        loss =
+            loss.points("evaluation", evaluations.iter().map(|(s, l)| (*s as f64, *l)).collect());
     }
     report.sections.push(Section {
         title: "Loss".into(),
@@ -137,7 +138,12 @@ fn report(run: &Finished<'_>, record: &Value) -> Report {
         title: "Course of the optimiser".into(),
         blocks: vec![
             Block::Chart(line("Learning rate", "rate", &|r| r.learning_rate, "learning rate")),
-            Block::Chart(line("Gradient norm before clipping", "L2 norm", &|r| r.gradient_norm, "norm")),
+            Block::Chart(line(
+                "Gradient norm before clipping",
+                "L2 norm",
+                &|r| r.gradient_norm,
+                "norm",
+            )),
         ],
     });
     let text = serde_json::to_string_pretty(record).unwrap_or_default();

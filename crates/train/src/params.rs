@@ -113,7 +113,11 @@ impl Params {
     ///
     /// # Errors
     /// When a pattern matches nothing or nothing is left to train.
-    pub fn set_trainable(&mut self, trainable: Option<&[Pattern]>, frozen: &[Pattern]) -> Result<()> {
+    pub fn set_trainable(
+        &mut self,
+        trainable: Option<&[Pattern]>,
+        frozen: &[Pattern],
+    ) -> Result<()> {
         for pattern in trainable.unwrap_or_default().iter().chain(frozen) {
             if !self.entries.iter().any(|e| pattern.matches(&e.name)) {
                 return Err(self.unknown(pattern.as_str()));

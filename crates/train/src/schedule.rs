@@ -12,7 +12,9 @@
 use serde::{Deserialize, Serialize};
 
 /// The shape of the decay after the warm-up.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Decay {
     /// Half a cosine from the peak to the floor.

@@ -2,7 +2,9 @@
 
 use crate::{
     chat,
-    config::{AlmanacPart, AlmanacSize, AlmanacSource, ModelConfig, SourceConfig, Split, TrainConfig},
+    config::{
+        AlmanacPart, AlmanacSize, AlmanacSource, ModelConfig, SourceConfig, Split, TrainConfig,
+    },
     error::{Result, config as refuse, io},
     loader::Corpus,
 };
@@ -121,7 +123,10 @@ impl Worlds {
     }
 }
 
-fn tokenizer(config: &TrainConfig, worlds: &mut Worlds) -> Result<(Tokenizer, Vec<(String, Vec<u8>)>)> {
+fn tokenizer(
+    config: &TrainConfig,
+    worlds: &mut Worlds,
+) -> Result<(Tokenizer, Vec<(String, Vec<u8>)>)> {
     let given = config.tokenizer.as_ref().or(config.init.as_ref());
     if let Some(path) = given {
         let tokenizer = if path.is_dir() {
@@ -210,11 +215,8 @@ fn corpus(source: &SourceConfig, tokenizer: &Tokenizer, worlds: &mut Worlds) -> 
     match almanac.part {
         AlmanacPart::Base => plain(&world.documents(split).texts, tokenizer),
         AlmanacPart::Chat => {
-            let all: Vec<Vec<chat::Message>> = world
-                .dialogues(split, almanac.refusing)
-                .into_iter()
-                .map(|d| d.messages)
-                .collect();
+            let all: Vec<Vec<chat::Message>> =
+                world.dialogues(split, almanac.refusing).into_iter().map(|d| d.messages).collect();
             dialogues(&all, tokenizer)
         }
     }

@@ -186,7 +186,8 @@ impl StateDir {
         let data = &bytes[8 + length..];
         let mut saved = Saved::default();
         for (name, entry) in table.iter().filter(|(n, _)| *n != "__metadata__") {
-            let bound = |i: usize| entry["data_offsets"][i].as_u64().and_then(|v| usize::try_from(v).ok());
+            let bound =
+                |i: usize| entry["data_offsets"][i].as_u64().and_then(|v| usize::try_from(v).ok());
             let values = bound(0)
                 .zip(bound(1))
                 .filter(|(a, b)| a <= b && (b - a) % 4 == 0)
@@ -358,7 +359,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let state = StateDir::new(dir.path());
         let values = [1.0f32; 4];
-        state.write(&header(1), &[StateTensor { name: "a".into(), values: Values::Slice(&values) }]).unwrap();
+        state
+            .write(&header(1), &[StateTensor { name: "a".into(), values: Values::Slice(&values) }])
+            .unwrap();
         let whole = std::fs::read(state.file()).unwrap();
         for cut in [0, 4, 20, whole.len() - 1] {
             std::fs::write(state.file(), &whole[..cut]).unwrap();

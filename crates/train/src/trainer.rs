@@ -123,17 +123,19 @@ impl Trainer {
             let done = trainer.step - resumed_from;
             let speed = (done as usize * windows * config.sequence_length) as f64
                 / started.elapsed().as_secs_f64();
-            progress.message(&format!("loss {:.3}, {speed:.0} tokens/s", record.loss));
+            let (step, total) = (trainer.step, trainer.total);
+            progress.message(&format!(
+                "step {step} of {total}, loss {:.3}, {speed:.0} tokens/s",
+                record.loss
+            ));
             progress.inc(1);
             log.append(record)?;
-            if trainer.step.is_multiple_of(config.checkpoint_every)
-                && trainer.step < trainer.total
+            if trainer.step.is_multiple_of(config.checkpoint_every) && trainer.step < trainer.total
             {
                 log.sync()?;
                 trainer.save_state(&state)?;
             }
         }
-        progress.finish();
         let finished = Finished {
             config: &trainer.config,
             material: &trainer.material,
@@ -143,7 +145,8 @@ impl Trainer {
         output::write(&finished, out)?;
         work.remove()?;
         let seconds = started.elapsed().as_secs_f64();
-        let tokens = (trainer.total - resumed_from) as f64 * (windows * config.sequence_length) as f64;
+        let tokens =
+            (trainer.total - resumed_from) as f64 * (windows * config.sequence_length) as f64;
         Ok(Some(TrainOutcome {
             path: out.to_path_buf(),
             parameters: trainer.params.count(),
@@ -173,24 +176,25 @@ impl Trainer {
             }
         };
         check_lengths(config, &material, &decoder)?;
-        let trainable = config
-            .trainable
-            .as_ref()
-            .map(|list| patterns("trainable", list))
-            .transpose()?;
+        let trainable =
+            config.trainable.as_ref().map(|list| patterns("trainable", list)).transpose()?;
         params.set_trainable(trainable.as_deref(), &patterns("freeze", &config.freeze)?)?;
 
         let pad = material.pad;
         let length = config.sequence_length;
         let too_small = |list: &'static str| {
             move |i: usize| {
-                refuse(format!("{list}[{i}]"), format!("holds less than one window of {length} tokens"))
+                refuse(
+                    format!("{list}[{i}]"),
+                    format!("holds less than one window of {length} tokens"),
+                )
             }
         };
         let data = std::mem::take(&mut material.data);
         let loader = Loader::new(data, length, pad, config.seed).map_err(too_small("data"))?;
         let evaluation = std::mem::take(&mut material.evaluation);
-        let evaluation = evaluation_batches(config, evaluation, pad).map_err(too_small("evaluation"))?;
+        let evaluation =
+            evaluation_batches(config, evaluation, pad).map_err(too_small("evaluation"))?;
         let windows = config.batch_size * config.accumulation;
         let total = match (config.steps, config.epochs) {
             (Some(steps), _) => steps,
@@ -276,7 +280,8 @@ impl Trainer {
         }
         if header.data != self.material.hash {
             return Err(refuse(
-                "the training data have changed since; restore them, or choose another output".into(),
+                "the training data have changed since; restore them, or choose another output"
+                    .into(),
             ));
         }
         self.params.restore(&mut saved)?;

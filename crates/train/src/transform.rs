@@ -103,7 +103,11 @@ impl Chain {
 
     /// The saved numbers of all links by link name.
     pub fn notes(&self) -> serde_json::Value {
-        self.links.iter().map(|l| (l.name().to_string(), l.notes())).collect::<serde_json::Map<_, _>>().into()
+        self.links
+            .iter()
+            .map(|l| (l.name().to_string(), l.notes()))
+            .collect::<serde_json::Map<_, _>>()
+            .into()
     }
 
     /// Restores every link.

@@ -13,8 +13,18 @@ use strata_train::{
 use tensor::rng::Rng;
 
 const WORDS: [&str; 12] = [
-    "<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>", "one", "two", "three", "four",
-    "five", "six",
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
 ];
 
 fn llama(tied: bool) -> Value {
@@ -96,7 +106,8 @@ fn noisy(decoder: &nn::Decoder, seed: u64) -> Params {
 
 fn batch(rows: usize, length: usize, seed: u64, masked: bool) -> TokenBatch {
     let mut rng = Rng::new(seed);
-    let mut draw = |n: usize| -> Vec<u32> { (0..n).map(|_| rng.below(WORDS.len()) as u32).collect() };
+    let mut draw =
+        |n: usize| -> Vec<u32> { (0..n).map(|_| rng.below(WORDS.len()) as u32).collect() };
     let (tokens, mut targets) = (draw(rows * length), draw(rows * length));
     if masked {
         targets.iter_mut().step_by(3).for_each(|t| *t = IGNORE);
@@ -112,7 +123,14 @@ fn loss_of(decoder: &nn::Decoder, params: &Params, batch: &TokenBatch) -> f64 {
 /// product of both.
 #[test]
 fn gradients_of_whole_networks_are_slopes() {
-    for config in [llama(true), llama(false), family("qwen3"), family("gemma2"), family("gpt2"), family("gpt_neox")] {
+    for config in [
+        llama(true),
+        llama(false),
+        family("qwen3"),
+        family("gemma2"),
+        family("gpt2"),
+        family("gpt_neox"),
+    ] {
         let kind = config["model_type"].as_str().unwrap().to_string();
         let decoder = nn::Decoder::from_config(&config).unwrap();
         let mut params = noisy(&decoder, 3);
@@ -127,12 +145,18 @@ fn gradients_of_whole_networks_are_slopes() {
             let gradient = grads.get(&name).unwrap().to_vec();
             let norm = gradient.iter().map(|g| f64::from(g * g)).sum::<f64>().sqrt();
             let mut rng = Rng::stream(9, &name);
-            let along: Vec<f32> = gradient.iter().map(|g| (f64::from(*g) / norm.max(1e-12)) as f32).collect();
-            let random: Vec<f32> =
-                gradient.iter().map(|_| rng.normal() as f32 / (gradient.len() as f32).sqrt()).collect();
+            let along: Vec<f32> =
+                gradient.iter().map(|g| (f64::from(*g) / norm.max(1e-12)) as f32).collect();
+            let random: Vec<f32> = gradient
+                .iter()
+                .map(|_| rng.normal() as f32 / (gradient.len() as f32).sqrt())
+                .collect();
             for direction in [along, random] {
-                let expected: f64 =
-                    gradient.iter().zip(&direction).map(|(g, d)| f64::from(*g) * f64::from(*d)).sum();
+                let expected: f64 = gradient
+                    .iter()
+                    .zip(&direction)
+                    .map(|(g, d)| f64::from(*g) * f64::from(*d))
+                    .sum();
                 let original = params.read(&name, <[f32]>::to_vec).unwrap();
                 let h = 4e-3f32;
                 let mut at = |sign: f32| {
@@ -186,7 +210,9 @@ fn frozen_parameters_have_no_gradient() {
     let decoder = nn::Decoder::from_config(&llama(true)).unwrap();
     let mut params = noisy(&decoder, 1);
     let pattern = |p: &str| method::Pattern::new(p).unwrap();
-    params.set_trainable(Some(&[pattern("*norm*"), pattern("*q_proj*")]), &[pattern("*layers.1*")]).unwrap();
+    params
+        .set_trainable(Some(&[pattern("*norm*"), pattern("*q_proj*")]), &[pattern("*layers.1*")])
+        .unwrap();
     let mut grads = Grads::new();
     loss::gradients(&decoder, &params, &[batch(2, 6, 1, false)], &mut grads).unwrap();
     let expected = [
@@ -262,8 +288,14 @@ fn learns_and_leaves_a_whole_model() {
     assert_eq!(outcome.evaluations.len(), 30);
     let names: Vec<String> = files(&out).into_keys().collect();
     let expected = [
-        "config.json", "losses.jsonl", "model.safetensors", "report.html", "report.json",
-        "strata.json", "tokenizer.json", "tokenizer_config.json",
+        "config.json",
+        "losses.jsonl",
+        "model.safetensors",
+        "report.html",
+        "report.json",
+        "strata.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
     ];
     assert_eq!(names, expected);
     assert!(!dir.path().join("model.training").exists());
@@ -360,9 +392,11 @@ fn chat_counts_the_assistant_only() {
     let dialogues = strata_train::chat::read(&path).unwrap();
     let (tokens, counted) = strata_train::chat::render(&dialogues[0], &tokenizer).unwrap();
     let words: Vec<&str> = tokens.iter().map(|t| WORDS[*t as usize]).collect();
-    let expected = ["<s>", "<|user|>", "one", "two", "<|end|>", "<|assistant|>", "three", "<|end|>"];
+    let expected =
+        ["<s>", "<|user|>", "one", "two", "<|end|>", "<|assistant|>", "three", "<|end|>"];
     assert_eq!(words, expected);
-    let learnt: Vec<&str> = words.iter().zip(counted).filter(|(_, c)| *c).map(|(w, _)| *w).collect();
+    let learnt: Vec<&str> =
+        words.iter().zip(counted).filter(|(_, c)| *c).map(|(w, _)| *w).collect();
     assert_eq!(learnt, ["three", "<|end|>"]);
     for (bad, reason) in [
         (r#"{"messages": [{"role": "user", "content": "one"}]}"#, "nothing to learn"),

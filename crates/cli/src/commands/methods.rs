@@ -15,9 +15,6 @@ pub struct Args {
     /// Print JSON; for one method this includes the JSON Schema of its options
     #[arg(long)]
     json: bool,
-    /// Print the options of the method as a Markdown table, as its page in docs/methods holds it
-    #[arg(long, requires = "slug", conflicts_with = "json")]
-    markdown: bool,
 }
 
 /// The methods of all rooms.
@@ -43,8 +40,6 @@ pub fn run(args: &Args) -> Result<()> {
                     object.insert("schema".into(), serde_json::to_value((card.schema)())?);
                 }
                 out.json(&value)?;
-            } else if args.markdown {
-                out.text(&method::options_markdown(&(card.schema)()))?;
             } else {
                 out.text(&explain(card).terminal(Style::detect()))?;
             }

@@ -57,8 +57,7 @@ pub fn tiny_model(directory: &Path) -> PathBuf {
     let vocabulary =
         data::Tokenizer::from_json(tokenizer.as_bytes(), None, None).unwrap().vocab_size();
     let out = directory.join("tiny");
-    let options = WriteOptions { max_shard_size: 1 << 30, resume: false, overwrite: false };
-    let mut writer = Writer::create(&out, options).unwrap();
+    let mut writer = Writer::create(&out, WriteOptions::default()).unwrap();
     let mut rng = tensor::Rng::new(7);
     let mut add = |name: &str, shape: &[usize]| {
         let values = (0..shape.iter().product()).map(|_| match name {

@@ -113,8 +113,7 @@ fn collect(
         for stage in &Stage::ALL[..4] {
             let mut taps = Taps::one(&mut statistics);
             let (decoder, index) = (job.decoder, job.index);
-            state =
-                decoder.stage(index, *stage, &job.weights, state, &mut context, &mut taps)?;
+            state = decoder.stage(index, *stage, &job.weights, state, &mut context, &mut taps)?;
         }
     }
     let mut inputs: [InputStatistics; 4] = Default::default();
@@ -194,9 +193,8 @@ fn search(
             _ => vec![0.0; task.candidates.len()],
         });
     }
-    let by_tokens: Vec<usize> = (0..tasks.len())
-        .filter(|&t| !judged_by_gram(&tasks[t].mapping, options))
-        .collect();
+    let by_tokens: Vec<usize> =
+        (0..tasks.len()).filter(|&t| !judged_by_gram(&tasks[t].mapping, options)).collect();
     if !by_tokens.is_empty() {
         token_losses(job, tasks, &by_tokens, &mut losses)?;
     }
@@ -231,8 +229,7 @@ fn token_losses(
         for (set, stage) in crate::block::INPUT_STAGES.iter().enumerate().take(3) {
             let (decoder, index) = (job.decoder, job.index);
             let mut taps = Taps::none();
-            state =
-                decoder.stage(index, *stage, &job.weights, state, &mut context, &mut taps)?;
+            state = decoder.stage(index, *stage, &job.weights, state, &mut context, &mut taps)?;
             for &t in which.iter().filter(|&&t| tasks[t].mapping.set == set) {
                 let task = &tasks[t];
                 let inspect = |weights: &dyn nn::Weights| -> Result<Vec<f32>> {
@@ -393,10 +390,7 @@ fn finish_layer(
     let mut details = notes.get(&name.module).cloned().unwrap_or_default();
     let mut clipped = matrix.clone();
     // Query and key interact through their product, so clipping one alone is no improvement.
-    let clippable = !matches!(
-        name.role,
-        nn::Role::Query | nn::Role::Key | nn::Role::QueryKeyValue
-    );
+    let clippable = !matches!(name.role, nn::Role::Query | nn::Role::Key | nn::Role::QueryKeyValue);
     if let Some(sample) = &sample
         && clippable
         && !options.no_clip

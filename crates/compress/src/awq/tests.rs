@@ -27,8 +27,7 @@ fn search_by_hand() {
         assert!((a - b).abs() < 1e-5, "{quarter:?}");
     }
     let all = candidates(&x_mean, None, &AwqOptions::default(), |_| {});
-    let losses =
-        linear_losses(&[&matrix], &all, &gram.covariance(), &grid(3), 4);
+    let losses = linear_losses(&[&matrix], &all, &gram.covariance(), &grid(3), 4);
     // The stored scale is half precision, hence the tolerance.
     for (k, expected) in [(0, 0.130994), (5, 0.095557), (10, 0.042563), (15, 0.014727)] {
         let loss = losses[k + 1];

@@ -116,10 +116,8 @@ fn beats_rounding_on_correlated_inputs() {
     for grid in [options(3, 0), options(3, 32), options(2, 16)] {
         let rounded = rtn::quantize(&matrix, &Grid::new(&grid).unwrap(), &grid).dequantize();
         let ours = run(&matrix, &gram, &grid, &GptqOptions::default()).matrix.dequantize();
-        let (a, b) = (
-            damped_error(&matrix, &ours, &gram, 0.0),
-            damped_error(&matrix, &rounded, &gram, 0.0),
-        );
+        let (a, b) =
+            (damped_error(&matrix, &ours, &gram, 0.0), damped_error(&matrix, &rounded, &gram, 0.0));
         assert!(a < 0.8 * b, "{a} {b}");
     }
 }
@@ -182,7 +180,10 @@ fn act_order_groups() {
     let dynamic =
         run(&matrix, &gram, &grid, &GptqOptions { act_order: true, ..Default::default() });
     let index = dynamic.matrix.group_index.as_ref().unwrap();
-    assert_eq!((0..4).map(|g| index.iter().filter(|&&i| i == g).count()).collect::<Vec<_>>(), [8; 4]);
+    assert_eq!(
+        (0..4).map(|g| index.iter().filter(|&&i| i == g).count()).collect::<Vec<_>>(),
+        [8; 4]
+    );
     let fixed = run(
         &matrix,
         &gram,

@@ -32,7 +32,7 @@ pub(super) const WORDS: &[&str] = &[
 
 /// Numbers below 100 whose sums are never trained on: one pair in ten.
 fn held_out_pair(a: usize, b: usize) -> bool {
-    (a.min(b) * 7 + a.max(b) * 3) % 10 == 0
+    (a.min(b) * 7 + a.max(b) * 3).is_multiple_of(10)
 }
 
 /// One exercise of the training text, or a held-out one.
@@ -81,7 +81,7 @@ fn draw(rng: &mut Rng) -> Drill {
         6..=8 => {
             let words = words(rng, 2);
             // A sum over the letters decides, so that the same words are always on the same side.
-            let held_out = words.bytes().map(usize::from).sum::<usize>() % 10 == 0;
+            let held_out = words.bytes().map(usize::from).sum::<usize>().is_multiple_of(10);
             one("copy", format!("Copy {words}:"), words, held_out)
         }
         _ => {

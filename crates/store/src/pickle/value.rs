@@ -33,19 +33,17 @@ pub(super) enum Value<'a> {
 impl Value<'_> {
     /// Bytes on the heap behind the value, roughly.
     pub(super) fn payload(&self) -> usize {
-        fn owned<B: ?Sized + ToOwned>(cow: &Cow<'_, B>, len: usize) -> usize {
-            if matches!(cow, Cow::Owned(_)) { len } else { 0 }
-        }
+        let owned_text = |text: &Cow<'_, str>| match text {
+            Cow::Owned(text) => text.len(),
+            Cow::Borrowed(_) => 0,
+        };
         match self {
-            Self::Text(text) => owned(text, text.len()),
-            Self::Bytes(bytes) => owned(bytes, bytes.len()),
+            Self::Text(text) => owned_text(text),
+            Self::Bytes(Cow::Owned(bytes)) => bytes.len(),
             Self::Tuple(items) => 4 * items.len(),
             Self::List(items) => 4 * items.len(),
             Self::Dict(pairs) => 8 * pairs.len(),
-            Self::Global(global) => {
-                48 + owned(&global.module, global.module.len())
-                    + owned(&global.name, global.name.len())
-            }
+            Self::Global(global) => 48 + owned_text(&global.module) + owned_text(&global.name),
             Self::Storage(storage) => 80 + storage.key.len(),
             Self::Tensor(view) => 160 + view.storage.key.len() + 16 * view.shape.len(),
             _ => 0,

@@ -44,8 +44,9 @@ impl Located {
 
     /// The range of the file that holds exactly this tensor, if its bytes need no change at all.
     pub(super) fn as_stored(&self) -> Option<(usize, usize)> {
-        let plain = !self.place.deflated && !(self.swap && self.width > 1) && self.run().1 == 0;
-        plain.then(|| (self.place.start + self.offset * self.width, self.elements() * self.width))
+        let changed = self.place.deflated || (self.swap && self.width > 1);
+        (!changed && self.run().1 == 0)
+            .then(|| (self.place.start + self.offset * self.width, self.elements() * self.width))
     }
 
     /// Copies the view out of the bytes of its storage.

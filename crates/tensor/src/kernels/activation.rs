@@ -56,7 +56,7 @@ impl Curve for Gelu {
 }
 
 /// `(1 + tanh(u)) / 2 = sigmoid(2u)`: twice `√(2/π)` and twice `√(2/π) * 0.044715`.
-const LINEAR: f32 = 1.595_769_1;
+const LINEAR: f32 = 1.595_769;
 const CUBIC: f32 = 0.071_354_82;
 
 impl Curve for GeluTanh {

@@ -121,7 +121,7 @@ fn backward(
     } else {
         (0..scale.len().div_ceil(ROWS)).map(|_| None).collect()
     };
-    let sums: Vec<(Vec<f32>, Vec<f32>)> = pieces
+    let (dgains, dbiases): (Vec<Vec<f32>>, Vec<Vec<f32>>) = pieces
         .par_iter_mut()
         .enumerate()
         .map(|(piece, dx)| {
@@ -142,18 +142,18 @@ fn backward(
             );
             (dgain, dbias)
         })
-        .collect();
+        .unzip();
     // In the order of the pieces, so that the bytes do not depend on who was first.
-    let total = |pick: fn(&(Vec<f32>, Vec<f32>)) -> &Vec<f32>| {
+    let total = |pieces: &[Vec<f32>]| {
         let mut total = vec![0.0; width];
-        for piece in &sums {
-            add_into(&mut total, pick(piece));
+        for piece in pieces {
+            add_into(&mut total, piece);
         }
         total
     };
     NormGradients {
-        gain: wanted.gain.then(|| total(|s| &s.0)),
-        bias: wanted.bias.then(|| total(|s| &s.1)),
+        gain: wanted.gain.then(|| total(&dgains)),
+        bias: wanted.bias.then(|| total(&dbiases)),
         x: wanted.x.then_some(dx),
     }
 }

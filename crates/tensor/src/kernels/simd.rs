@@ -203,10 +203,10 @@ pub(crate) fn tanh(x: f32) -> f32 {
     // Near 0 the quotient below cancels; an odd polynomial (Cephes tanhf) takes over.
     let square = x * x;
     let p = -5.704_988_7e-3f32;
-    let p = p.mul_add(square, 2.063_908_9e-2);
+    let p = p.mul_add(square, 2.063_909e-2);
     let p = p.mul_add(square, -5.373_971_5e-2);
     let p = p.mul_add(square, 1.333_144_2e-1);
-    let p = p.mul_add(square, -3.333_328_1e-1);
+    let p = p.mul_add(square, -3.333_328e-1);
     let near = (p * square).mul_add(x, x);
     let magnitude = x.abs();
     let far = (1.0 - 2.0 / (exp(2.0 * magnitude) + 1.0)).copysign(x);
@@ -225,7 +225,7 @@ pub(crate) fn erf(x: f32) -> f32 {
     let p = p.mul_add(square, -2.101_024e-6);
     let p = p.mul_add(square, -5.692_506_4e-5);
     let p = p.mul_add(square, -7.349_906_3e-4);
-    let p = p.mul_add(square, -2.954_599_8e-3);
+    let p = p.mul_add(square, -2.954_6e-3);
     let p = p.mul_add(square, -1.609_603_3e-2);
     let q = -1.456_607_2e-5f32;
     let q = q.mul_add(square, -2.133_740_6e-4);

@@ -288,12 +288,20 @@ unsafe fn kernel<C: Codec, const R: usize, const A: usize, const STEP: usize>(
 /// # Safety
 /// As for [`kernel`]; `to` holds all slots.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-unsafe fn store<C: Codec>(row: RowView<'_>, to: &mut [f32]) {
+unsafe fn store<C: Codec, const STEP: usize>(row: RowView<'_>, to: &mut [f32]) {
     let to = to.as_mut_ptr();
     // SAFETY: by the contract above.
     unsafe {
-        walk!(C, 1, row, |_vector, slot, w| _mm512_storeu_ps(to.add(slot), w));
+        walk!(C, STEP, row, |_vector, slot, w| _mm512_storeu_ps(to.add(slot), w));
     }
+}
+
+/// # Safety
+/// As for [`store`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn store_any<C: Codec>(row: RowView<'_>, to: &mut [f32]) {
+    // SAFETY: by the contract above.
+    unsafe { if row.whole_blocks { store::<C, 8>(row, to) } else { store::<C, 1>(row, to) } }
 }
 
 /// # Safety
@@ -364,12 +372,12 @@ pub(super) unsafe fn expand(bits: u8, row: RowView<'_>, to: &mut [f32]) {
     // SAFETY: by the contract above.
     unsafe {
         match bits {
-            2 => store::<Two>(row, to),
-            3 => store::<Three>(row, to),
-            4 => store::<Four>(row, to),
-            5 => store::<Five>(row, to),
-            6 => store::<Six>(row, to),
-            _ => store::<Eight>(row, to),
+            2 => store_any::<Two>(row, to),
+            3 => store_any::<Three>(row, to),
+            4 => store_any::<Four>(row, to),
+            5 => store_any::<Five>(row, to),
+            6 => store_any::<Six>(row, to),
+            _ => store_any::<Eight>(row, to),
         }
     }
 }

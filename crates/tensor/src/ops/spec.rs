@@ -141,3 +141,44 @@ impl RopeTable {
         self.length
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn visible_keys() {
+        let spec = AttentionSpec {
+            batch: 1,
+            queries: 3,
+            keys: 8,
+            heads: 1,
+            kv_heads: 1,
+            head_dim: 1,
+            scale: 1.0,
+            causal: true,
+            offset: 5,
+            window: None,
+            softcap: None,
+        };
+        assert_eq!((spec.visible(0), spec.visible(2)), (0..6, 0..8));
+        // A window of 3 is the query's own position and the two before it.
+        let window = AttentionSpec { window: Some(3), ..spec.clone() };
+        assert_eq!((window.visible(0), window.visible(2)), (3..6, 5..8));
+        let both_sides = AttentionSpec { causal: false, window: Some(3), ..spec };
+        assert_eq!(both_sides.visible(0), 3..8);
+    }
+
+    #[test]
+    fn table_of_two_frequencies() {
+        // base 100, rotary_dim 4: inverse frequencies 1 and 1/10.
+        let table = RopeTable::from_base(100.0, 4, 3);
+        assert_eq!((table.rotary_dim(), table.length()), (4, 3));
+        for (got, wanted) in table.cos()[4..].iter().zip([2f32.cos(), 0.2f32.cos()]) {
+            assert!((got - wanted).abs() < 1e-6);
+        }
+        for (got, wanted) in table.sin()[2..4].iter().zip([1f32.sin(), 0.1f32.sin()]) {
+            assert!((got - wanted).abs() < 1e-6);
+        }
+    }
+}
