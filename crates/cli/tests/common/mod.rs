@@ -1,5 +1,6 @@
 //! Shared by the command line's tests: running the built binary, and a tiny model to run it on.
-#![allow(dead_code)]
+// The helpers are test code too, which the lint sees only inside test functions.
+#![allow(dead_code, clippy::unwrap_used, clippy::panic)]
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
