@@ -39,7 +39,8 @@ impl NextTokenAccuracy {
     }
 }
 
-/// Next-token accuracy over consecutive windows of `window` tokens; the first token of each is context only.
+/// Next-token accuracy over consecutive windows of `window` tokens; the first token of each is
+/// context only.
 ///
 /// # Errors
 /// A window below 2, fewer than two tokens, and the network's own.

@@ -45,7 +45,8 @@ fn index<'de, D: serde::Deserializer<'de>>(
 pub struct ChoiceScores {
     /// Right by the sum of the log-probabilities of the answer's tokens.
     pub sum: Score,
-    /// Right by that sum divided by the answer's length in bytes, which does not depend on the tokenizer.
+    /// Right by that sum divided by the answer's length in bytes, which does not depend on the
+    /// tokenizer.
     pub normalized: Score,
     /// Accuracy of guessing.
     pub chance: f64,

@@ -1,5 +1,5 @@
-//! How far the predictions of two models lie apart on the same tokens: what a change of weights costs before any task
-//! is asked.
+//! How far the predictions of two models lie apart on the same tokens: what a change of weights
+//! costs before any task is asked.
 
 use crate::{
     error::{Result, option},
@@ -41,8 +41,8 @@ impl Comparison {
     }
 }
 
-/// Compares the predictions of `other` with those of `reference` over consecutive windows of `window` tokens; a rest that
-/// fills no window is left out unless it is all there is.
+/// Compares the predictions of `other` with those of `reference` over consecutive windows of
+/// `window` tokens; a rest that fills no window is left out unless it is all there is.
 ///
 /// # Errors
 /// No tokens, vocabularies of different size, and the networks' own.
@@ -67,7 +67,8 @@ pub fn compare(
     for group in whole.chunks((group / window).max(1) * window) {
         let rows: Vec<usize> = (0..group.len()).collect();
         let sequences = group.len() / window;
-        // Both models see the same pieces, so the second pass can take the first one's logits in order.
+        // Both models see the same pieces, so the second pass can take the first one's logits in
+        // order.
         let mut references = std::collections::VecDeque::new();
         logits_of(reference, group, sequences, &rows, |_, logits| {
             references.push_back(logits);

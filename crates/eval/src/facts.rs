@@ -1,8 +1,9 @@
 //! Whether a model knows facts: greedy completion of a prompt must give the object.
 //!
-//! A greedy completion gives the object's tokens exactly when, with the object appended, the likeliest token at each of
-//! its places is the object's own; so one pass per batch of prompts decides all of them. The object must also end there:
-//! the likeliest token after it must not continue the word.
+//! A greedy completion gives the object's tokens exactly when, with the object appended, the
+//! likeliest token at each of its places is the object's own; so one pass per batch of prompts
+//! decides all of them. The object must also end there: the likeliest token after it must not
+//! continue the word.
 
 use crate::{
     error::Result,

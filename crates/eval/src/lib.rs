@@ -1,8 +1,9 @@
-//! What a model can do, as numbers: perplexity, next-token accuracy, facts, multiple choice, and how far two models'
-//! predictions lie apart.
+//! What a model can do, as numbers: perplexity, next-token accuracy, facts, multiple choice, and
+//! how far two models' predictions lie apart.
 //!
-//! Every task takes an open [`nn::Model`] (plain or quantised), computes in batches, and returns a serde struct that
-//! also prints itself as a [`report::Table`]. Reading text and choosing models is left to the callers.
+//! Every task takes an open [`nn::Model`] (plain or quantised), computes in batches, and returns a
+//! serde struct that also prints itself as a [`report::Table`]. Reading text and choosing models is
+//! left to the callers.
 
 pub mod accuracy;
 pub mod choice;

@@ -1,9 +1,11 @@
-//! Perplexity by the sliding-window procedure of the transformers documentation ("Perplexity of fixed-length models").
+//! Perplexity by the sliding-window procedure of the transformers documentation ("Perplexity of
+//! fixed-length models").
 //!
-//! Windows of `window` tokens start every `stride` tokens; in each, only the tokens that no earlier window scored are
-//! targets, the rest is context. Per window the loss is the mean over its targets (the first token of a window has no
-//! prediction); windows are weighted by their number of new tokens minus one, as the documentation does for the shift
-//! of labels, even where the context makes the first new token predictable. The result is `exp(sum / tokens)`.
+//! Windows of `window` tokens start every `stride` tokens; in each, only the tokens that no earlier
+//! window scored are targets, the rest is context. Per window the loss is the mean over its targets
+//! (the first token of a window has no prediction); windows are weighted by their number of new
+//! tokens minus one, as the documentation does for the shift of labels, even where the context
+//! makes the first new token predictable. The result is `exp(sum / tokens)`.
 
 use crate::{
     error::{Result, option},
@@ -81,7 +83,8 @@ fn windows(length: usize, window: usize, stride: usize) -> Vec<Window> {
 /// Perplexity of `tokens` with windows of `window` tokens every `stride` tokens.
 ///
 /// # Errors
-/// A window or stride of 0, a stride longer than the window, fewer than two tokens, and the network's own.
+/// A window or stride of 0, a stride longer than the window, fewer than two tokens, and the
+/// network's own.
 pub fn perplexity(
     model: &Model,
     tokens: &[u32],

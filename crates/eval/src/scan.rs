@@ -1,4 +1,5 @@
-//! Logits of chosen positions, some rows at a time, so that a large vocabulary never fills the memory.
+//! Logits of chosen positions, some rows at a time, so that a large vocabulary never fills the
+//! memory.
 
 use crate::error::Result;
 use nn::{Batch, Model, Taps};
@@ -10,8 +11,9 @@ pub(crate) const LOGITS: usize = 1 << 23;
 /// Tokens that go through the network together.
 pub(crate) const BATCH_TOKENS: usize = 4096;
 
-/// Runs `sequences` equally long sequences through the model and calls `f` with the logits `[n, vocab]` of the positions
-/// `rows` (sorted, indices into `tokens`), in order and in pieces: `f(piece of rows, logits)`.
+/// Runs `sequences` equally long sequences through the model and calls `f` with the logits `[n,
+/// vocab]` of the positions `rows` (sorted, indices into `tokens`), in order and in pieces:
+/// `f(piece of rows, logits)`.
 pub(crate) fn logits_of(
     model: &Model,
     tokens: &[u32],

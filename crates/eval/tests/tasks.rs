@@ -1,4 +1,5 @@
 //! The tasks on tiny random networks, against the same numbers computed the long way.
+#![allow(clippy::unwrap_used)]
 
 use data::{Tokenizer, almanac::Fact};
 use nn::{Family, Model, Sampling, testing};

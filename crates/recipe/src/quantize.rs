@@ -108,7 +108,7 @@ impl QuantizeJob {
                          text this model was trained on",
                     );
                 }
-                Ok(known.unwrap_or_else(Almanac::embedded).documents(Split::Train))
+                Ok(known.unwrap_or_else(Almanac::embedded).documents(Split::Validation))
             },
         )?;
         let progress = report::Progress::new(

@@ -53,7 +53,7 @@ pub fn subjects(settings: &Settings, notes: &mut Vec<String>) -> Result<Vec<Subj
         settings,
         "almanac-3m",
         &almanac,
-        (&world.documents(Split::Train), &world.documents(Split::Test)),
+        (&world.documents(Split::Validation), &world.documents(Split::Test)),
         groups,
         tokens,
     )?);

@@ -90,8 +90,8 @@ fn measure(shape: &Shape) -> Result<(), Box<dyn std::error::Error>> {
         sum += seconds;
     }
     println!(
-        "{}: {} parameters, batch {} x {}: forward {:.0} ms, forward+backward {:.0} ms, step {:.0} ms (mean {:.0}), \
-         {:.0} tokens/s, peak {}",
+        "{}: {} parameters, batch {} x {}: forward {:.0} ms, forward+backward {:.0} ms, step {:.0} ms \
+         (mean {:.0}), {:.0} tokens/s, peak {}",
         shape.name,
         params.count(),
         shape.rows,

@@ -1,8 +1,8 @@
 //! Dialogues to tokens: a plain template, and which tokens are learnt.
 //!
-//! `<|user|>question<|end|><|assistant|>answer<|end|>`: the loss counts the answer and the mark that ends it, never the
-//! question or the marks that open a turn. Text inside a message cannot forge a mark when the marks are special tokens,
-//! because messages are tokenised on their own.
+//! `<|user|>question<|end|><|assistant|>answer<|end|>`: the loss counts the answer and the mark
+//! that ends it, never the question or the marks that open a turn. Text inside a message cannot
+//! forge a mark when the marks are special tokens, because messages are tokenised on their own.
 
 use crate::error::{Error, Result};
 use data::Tokenizer;

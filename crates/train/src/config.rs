@@ -1,6 +1,8 @@
-//! The training configuration: one documented struct for the YAML file, its JSON schema and the docs.
+//! The training configuration: one documented struct for the YAML file, its JSON schema and the
+//! docs.
 //!
-//! Everything that decides the result is in here; the same configuration gives the same bytes on the same machine.
+//! Everything that decides the result is in here; the same configuration gives the same bytes on
+//! the same machine.
 
 use crate::{
     error::{Result, config},
@@ -14,20 +16,21 @@ use std::path::PathBuf;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConfig {
-    /// The architecture of a model trained from scratch: the keys of a transformers `config.json` inline, or the
-    /// path of one. Give either this or `init`.
+    /// The architecture of a model trained from scratch: the keys of a transformers `config.json`
+    /// inline, or the path of one. Give either this or `init`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<ModelConfig>,
     /// A checkpoint directory to start from; its config and tokenizer are carried to the output.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init: Option<PathBuf>,
-    /// The tokenizer: a directory or a tokenizer file. Default: that of `init`, else one trained on the almanac
-    /// when the almanac is among the data.
+    /// The tokenizer: a directory or a tokenizer file. Default: that of `init`, else one trained on
+    /// the almanac when the almanac is among the data.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<PathBuf>,
     /// What to train on, one or several sources.
     pub data: Vec<SourceConfig>,
-    /// What the loss is measured on during and after training. Default: the validation part of the almanac sources.
+    /// What the loss is measured on during and after training. Default: the validation part of the
+    /// almanac sources.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub evaluation: Vec<SourceConfig>,
     /// Tokens per window. Default 256.
@@ -51,7 +54,8 @@ pub struct TrainConfig {
     /// Warm-up and decay of the learning rate.
     #[serde(default)]
     pub schedule: ScheduleConfig,
-    /// Largest global L2 norm of the gradient; larger ones are scaled down to it. Default 1; 0 switches it off.
+    /// Largest global L2 norm of the gradient; larger ones are scaled down to it. Default 1; 0
+    /// switches it off.
     #[serde(default = "default_clip_norm")]
     pub clip_norm: f64,
     /// Largest absolute value of a gradient's element. Default: none.
@@ -103,8 +107,8 @@ pub struct SourceConfig {
     /// JSONL with `messages: [{role, content}, ...]`; only what the assistant says is learnt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chat: Option<PathBuf>,
-    /// Share of the windows that comes from this source, relative to the other weights. Default: in proportion to
-    /// its size. Give it for all sources or for none.
+    /// Share of the windows that comes from this source, relative to the other weights. Default: in
+    /// proportion to its size. Give it for all sources or for none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weight: Option<f64>,
 }
@@ -181,7 +185,8 @@ pub struct OptimizerConfig {
     pub betas: [f64; 2],
     /// Added to the root of the second moment. Default 1e-8.
     pub epsilon: f64,
-    /// Decoupled weight decay of matrices; vectors (norms, biases) are not decayed unless a group says so. Default 0.1.
+    /// Decoupled weight decay of matrices; vectors (norms, biases) are not decayed unless a group
+    /// says so. Default 0.1.
     pub weight_decay: f64,
     /// Parameter groups; the first whose pattern matches a name decides.
     pub groups: Vec<GroupConfig>,

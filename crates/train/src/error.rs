@@ -43,7 +43,8 @@ pub enum Error {
     },
     /// Training left the finite numbers.
     #[error(
-        "training diverged at step {step}: {what}; lower `optimizer.learning_rate`, lengthen `schedule.warmup_steps` or set `clip_norm`"
+        "training diverged at step {step}: {what}; lower \
+         `optimizer.learning_rate`, lengthen `schedule.warmup_steps` or set `clip_norm`"
     )]
     Diverged {
         /// The optimiser step (one-based) whose loss or gradient was not finite.

@@ -3,7 +3,8 @@
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 
-/// Elements per partial sum of a norm: fixed, so that the sum does not depend on the number of threads.
+/// Elements per partial sum of a norm: fixed, so that the sum does not depend on the number of
+/// threads.
 const CHUNK: usize = 1 << 14;
 
 /// The gradients of one step by parameter name; frozen parameters have none.
@@ -76,7 +77,8 @@ impl Grads {
         self.values.is_empty()
     }
 
-    /// The L2 norm over all gradients together, summed in f64; the same for every number of threads.
+    /// The L2 norm over all gradients together, summed in f64; the same for every number of
+    /// threads.
     pub fn global_norm(&self) -> f64 {
         let mut sum = 0.0f64;
         for gradient in self.values.values() {

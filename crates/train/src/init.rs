@@ -18,13 +18,14 @@ pub fn tensors(decoder: &Decoder) -> Vec<(String, Vec<usize>)> {
     all
 }
 
-/// Fresh values of all tensors, each from its own random stream, so that a tensor's values depend on the seed and its
-/// name only.
+/// Fresh values of all tensors, each from its own random stream, so that a tensor's values depend
+/// on the seed and its name only.
 pub fn random(
     decoder: &Decoder,
     seed: u64,
 ) -> impl Iterator<Item = (String, Vec<usize>, Vec<f32>)> + '_ {
-    // Every block adds twice to the residual stream; its variance must not grow with depth (GPT-2, section 2.3).
+    // Every block adds twice to the residual stream; its variance must not grow with depth (GPT-2,
+    // section 2.3).
     let residual = INITIALIZER_RANGE / (2.0 * decoder.num_blocks().max(1) as f32).sqrt();
     decoder.all_names().into_iter().flat_map(move |name| {
         let bias = name.bias_name().map(|b| (b, vec![name.shape[0]], vec![0.0; name.shape[0]]));

@@ -8,8 +8,9 @@
 //!    Chain    Grads -> clip -> ... -> AdamW, in place on Params
 //!    state    parameters + optimiser + position on disk, so that a kill costs nothing but time
 //! ```
-//! What a network computes is `nn`'s business, what a kernel computes is `tensor`'s, how a checkpoint lies on disk
-//! is `store`'s; this crate decides only how a gradient becomes an update and in which order data comes.
+//! What a network computes is `nn`'s business, what a kernel computes is `tensor`'s, how a
+//! checkpoint lies on disk is `store`'s; this crate decides only how a gradient becomes an update
+//! and in which order data comes.
 
 pub mod adamw;
 pub mod chat;

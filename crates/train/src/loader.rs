@@ -1,9 +1,10 @@
 //! Documents to batches of token windows, in an order that is a pure function of the seed.
 //!
-//! Plain text: documents in a new order every epoch, joined and cut into windows of `length + 1` tokens that overlap by
-//! one, so that every token but the first is a target exactly once per epoch. Dialogues: whole documents packed into
-//! windows, none cut, the rest padded and not counted. Several sources are interleaved by weight.
-//! The only position is the number of windows drawn; `skip` reaches it again after a restart.
+//! Plain text: documents in a new order every epoch, joined and cut into windows of `length + 1`
+//! tokens that overlap by one, so that every token but the first is a target exactly once per
+//! epoch. Dialogues: whole documents packed into windows, none cut, the rest padded and not
+//! counted. Several sources are interleaved by weight. The only position is the number of windows
+//! drawn; `skip` reaches it again after a restart.
 
 use tensor::rng::Rng;
 
@@ -177,8 +178,8 @@ pub struct Loader {
 }
 
 impl Loader {
-    /// Windows of `length` tokens from corpora with weights (`None`: in proportion to their windows).
-    /// Sources that are too small for one window are refused by index.
+    /// Windows of `length` tokens from corpora with weights (`None`: in proportion to their
+    /// windows). Sources that are too small for one window are refused by index.
     pub fn new(
         sources: Vec<(Corpus, Option<f64>)>,
         length: usize,

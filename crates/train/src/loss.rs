@@ -1,4 +1,5 @@
-//! The language-modelling loss of a batch: cross-entropy of the next token, averaged over the targets that count.
+//! The language-modelling loss of a batch: cross-entropy of the next token, averaged over the
+//! targets that count.
 
 use crate::{
     error::Result,

@@ -1,6 +1,8 @@
-//! What a finished run leaves: model, tokenizer, loss log, report, and `strata.json`, which says how it came to be.
+//! What a finished run leaves: model, tokenizer, loss log, report, and `strata.json`, which says
+//! how it came to be.
 //!
-//! Nothing here depends on the time or the place of the run, so that a resumed run ends with the same bytes.
+//! Nothing here depends on the time or the place of the run, so that a resumed run ends with the
+//! same bytes.
 
 use crate::{
     config::TrainConfig,
@@ -33,7 +35,8 @@ pub(crate) fn config_value(config: &TrainConfig) -> Value {
     serde_json::to_value(config).unwrap_or(Value::Null)
 }
 
-/// The first key in which two configurations differ, leaving out those that do not change the result.
+/// The first key in which two configurations differ, leaving out those that do not change the
+/// result.
 pub(crate) fn difference(a: &Value, b: &Value) -> Option<String> {
     let (Some(a), Some(b)) = (a.as_object(), b.as_object()) else { return Some("config".into()) };
     let keys = a.keys().chain(b.keys());

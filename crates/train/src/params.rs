@@ -1,7 +1,7 @@
 //! The parameters of a network in training: named f32 leaves that are also an `nn::Weights`.
 //!
-//! The forward pass asks for weights by name and gets the leaves themselves, so the backward pass ends at them. Frozen
-//! parameters record nothing. Updates happen in place.
+//! The forward pass asks for weights by name and gets the leaves themselves, so the backward pass
+//! ends at them. Frozen parameters record nothing. Updates happen in place.
 
 use crate::{
     config::Precision,
@@ -42,7 +42,8 @@ impl Params {
         Self { entries: Vec::new(), index: HashMap::new(), device: None }
     }
 
-    /// The parameters that `decoder` names, from a checkpoint in any floating-point format, all trainable.
+    /// The parameters that `decoder` names, from a checkpoint in any floating-point format, all
+    /// trainable.
     ///
     /// # Errors
     /// A tensor that is missing or has another shape than the config says.
@@ -62,8 +63,9 @@ impl Params {
         Ok(params)
     }
 
-    /// Fresh parameters, all trainable: matrices normal with standard deviation 0.02 (the projections that write to the
-    /// residual stream divided by the root of twice the number of layers), gains 1, biases 0.
+    /// Fresh parameters, all trainable: matrices normal with standard deviation 0.02 (the
+    /// projections that write to the residual stream divided by the root of twice the number of
+    /// layers), gains 1, biases 0.
     pub fn random(decoder: &Decoder, seed: u64) -> Result<Self> {
         let mut params = Self::on_cpu()?;
         for (name, shape, values) in init::random(decoder, seed) {
@@ -109,7 +111,8 @@ impl Params {
         Ok(())
     }
 
-    /// Trains exactly the parameters that match one of `trainable` (all when `None`) and none of `frozen`.
+    /// Trains exactly the parameters that match one of `trainable` (all when `None`) and none of
+    /// `frozen`.
     ///
     /// # Errors
     /// When a pattern matches nothing or nothing is left to train.
@@ -172,7 +175,8 @@ impl Params {
         })
     }
 
-    /// Changes a parameter's values in place. Gradients taken from an earlier backward pass must be out already.
+    /// Changes a parameter's values in place. Gradients taken from an earlier backward pass must be
+    /// out already.
     pub fn write<R>(&mut self, name: &str, f: impl FnOnce(&mut [f32]) -> R) -> Result<R> {
         let Some(&at) = self.index.get(name) else { return Err(self.unknown(name)) };
         Ok(match &mut self.entries[at].leaf {
@@ -260,7 +264,7 @@ impl Params {
         Error::UnknownParameter { name: name.to_string(), hint }
     }
 
-    /// The entry of a module's tensor; a tied head is the embedding.
+    /// The entry of a module's tensor (a tied head names the embedding's).
     fn part(&self, name: &Name, part: Part) -> nn::Result<&Leaf> {
         let tensor = name.tensor(part);
         self.index.get(&tensor).map(|&at| &self.entries[at].leaf).ok_or_else(|| {
@@ -280,7 +284,8 @@ impl Params {
     }
 }
 
-/// Little-endian bytes of `values` rounded to nearest even; `None` when one is not finite or overflows.
+/// Little-endian bytes of `values` rounded to nearest even; `None` when one is not finite or
+/// overflows.
 fn encode(values: &[f32], precision: Precision) -> Option<Vec<u8>> {
     fn all<const N: usize>(values: &[f32], f: impl Fn(f32) -> ([u8; N], bool)) -> Option<Vec<u8>> {
         let mut bytes = Vec::with_capacity(values.len() * N);

@@ -1,4 +1,5 @@
-//! From the configuration's sources to tokenised corpora, a tokenizer and the files that the output carries.
+//! From the configuration's sources to tokenised corpora, a tokenizer and the files that the output
+//! carries.
 
 use crate::{
     chat,
@@ -32,6 +33,9 @@ const TOKENIZER_FILES: [&str; 9] = [
     "generation_config.json",
 ];
 
+/// File names and contents.
+pub type Files = Vec<(String, Vec<u8>)>;
+
 /// Everything that a run reads, apart from weights.
 pub struct Material {
     /// The model's `config.json`, vocabulary and special tokens filled in.
@@ -39,7 +43,7 @@ pub struct Material {
     /// The tokenizer.
     pub tokenizer: Tokenizer,
     /// Files of the tokenizer for the output.
-    pub files: Vec<(String, Vec<u8>)>,
+    pub files: Files,
     /// Training corpora with their weights.
     pub data: Vec<(Corpus, Option<f64>)>,
     /// Evaluation corpora.
@@ -55,7 +59,8 @@ pub struct Material {
 /// Reads, generates and tokenises what a configuration names.
 ///
 /// # Errors
-/// Files that are missing or unusable, a tokenizer that is not given, a model configuration that is not JSON.
+/// Files that are missing or unusable, a tokenizer that is not given, a model configuration that is
+/// not JSON.
 pub fn gather(config: &TrainConfig) -> Result<Material> {
     let mut worlds = Worlds::default();
     let (tokenizer, files) = tokenizer(config, &mut worlds)?;
@@ -123,10 +128,7 @@ impl Worlds {
     }
 }
 
-fn tokenizer(
-    config: &TrainConfig,
-    worlds: &mut Worlds,
-) -> Result<(Tokenizer, Vec<(String, Vec<u8>)>)> {
+fn tokenizer(config: &TrainConfig, worlds: &mut Worlds) -> Result<(Tokenizer, Files)> {
     let given = config.tokenizer.as_ref().or(config.init.as_ref());
     if let Some(path) = given {
         let tokenizer = if path.is_dir() {
@@ -150,7 +152,7 @@ fn tokenizer(
 }
 
 /// The almanac's own tokenizer, and the files that make it usable elsewhere.
-fn almanac_tokenizer(world: &Almanac) -> Result<(Tokenizer, Vec<(String, Vec<u8>)>)> {
+fn almanac_tokenizer(world: &Almanac) -> Result<(Tokenizer, Files)> {
     let tokenizer_json = world.tokenizer_json()?;
     // Parsed once without ids to look them up by name, once with them.
     let bare = Tokenizer::from_json(tokenizer_json.as_bytes(), None, None)?;
@@ -181,7 +183,7 @@ fn almanac_tokenizer(world: &Almanac) -> Result<(Tokenizer, Vec<(String, Vec<u8>
     Ok((tokenizer, files))
 }
 
-fn tokenizer_files(path: &Path) -> Result<Vec<(String, Vec<u8>)>> {
+fn tokenizer_files(path: &Path) -> Result<Files> {
     let directory: PathBuf = match path.is_dir() {
         true => path.to_path_buf(),
         false => path.parent().map(Path::to_path_buf).unwrap_or_default(),
@@ -245,7 +247,8 @@ fn dialogues(all: &[Vec<chat::Message>], tokenizer: &Tokenizer) -> Result<Corpus
     Ok(corpus)
 }
 
-/// The model's configuration: that of `init`, or the given one with what the tokenizer knows filled in.
+/// The model's configuration: that of `init`, or the given one with what the tokenizer knows filled
+/// in.
 fn model_config(config: &TrainConfig, tokenizer: &Tokenizer) -> Result<Value> {
     if let Some(init) = &config.init {
         return Ok(store::Checkpoint::open(init)?.config()?.clone());

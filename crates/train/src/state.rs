@@ -1,7 +1,8 @@
 //! The training state on disk: one safetensors file that is replaced atomically, and the loss log.
 //!
-//! The state holds everything the next step depends on: parameters in f32, the links' tensors, the step. The order of
-//! data is a pure function of seed and position, so the step number is all that has to be kept of it.
+//! The state holds everything the next step depends on: parameters in f32, the links' tensors, the
+//! step. The order of data is a pure function of seed and position, so the step number is all that
+//! has to be kept of it.
 
 use crate::error::{Error, Result, io};
 use serde::{Deserialize, Serialize};
@@ -127,8 +128,8 @@ impl StateDir {
         self.directory.join("state.safetensors")
     }
 
-    /// Writes the state: to a new file, synced, renamed over the old one. A kill at any time leaves the old or the
-    /// new state, never a mixture.
+    /// Writes the state: to a new file, synced, renamed over the old one. A kill at any time leaves
+    /// the old or the new state, never a mixture.
     pub fn write(&self, header: &Header, tensors: &[StateTensor<'_>]) -> Result<()> {
         let mut table = serde_json::Map::new();
         let note = serde_json::to_string(header).map_err(|e| self.broken(e.to_string()))?;
@@ -245,7 +246,8 @@ pub struct LossLog {
 }
 
 impl LossLog {
-    /// Opens the log and drops what lies after `step` (the steps that will be done again) or is cut off.
+    /// Opens the log and drops what lies after `step` (the steps that will be done again) or is cut
+    /// off.
     pub fn open(path: &Path, step: u64) -> Result<Self> {
         let old = match std::fs::read_to_string(path) {
             Ok(text) => text,

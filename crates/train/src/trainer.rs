@@ -1,8 +1,8 @@
 //! The training loop: prepare, resume, step, evaluate, save.
 //!
-//! A run works in `<out>.training` (state and loss log) and leaves `<out>` whole at the end. Killed at any time it
-//! continues from the last saved state and ends with the same bytes as an uninterrupted run on the same machine with
-//! the same number of threads.
+//! A run works in `<out>.training` (state and loss log) and leaves `<out>` whole at the end. Killed
+//! at any time it continues from the last saved state and ends with the same bytes as an
+//! uninterrupted run on the same machine with the same number of threads.
 
 use crate::{
     config::{TrainConfig, parse_pattern},
@@ -75,13 +75,14 @@ pub struct Trainer {
 }
 
 impl Trainer {
-    /// Trains as `config` says and leaves the model, its tokenizer, the loss log and a report in `out`.
+    /// Trains as `config` says and leaves the model, its tokenizer, the loss log and a report in
+    /// `out`.
     ///
     /// With `resume` a run that was stopped continues; a finished one is reported and left alone.
     ///
     /// # Errors
-    /// A configuration, data or checkpoint that cannot work (before anything is written), a diverged run (by step),
-    /// and an `out` that exists or is in progress without `resume`.
+    /// A configuration, data or checkpoint that cannot work (before anything is written), a
+    /// diverged run (by step), and an `out` that exists or is in progress without `resume`.
     pub fn run(
         config: &TrainConfig,
         out: &Path,
@@ -94,7 +95,8 @@ impl Trainer {
         }
     }
 
-    /// As [`Trainer::run`], but returns `None` after step `stop` without saving, as if killed there.
+    /// As [`Trainer::run`], but returns `None` after step `stop` without saving, as if killed
+    /// there.
     pub fn run_until(
         config: &TrainConfig,
         out: &Path,
@@ -274,8 +276,8 @@ impl Trainer {
         let refuse = |reason: String| Error::State { path: state.file(), reason };
         if let Some(key) = output::difference(&header.config, &output::config_value(&self.config)) {
             return Err(refuse(format!(
-                "was written with another `{key}`; resume with the configuration of the start, or choose another \
-                 output"
+                "was written with another `{key}`; resume with the configuration of the start, \
+                 or choose another output"
             )));
         }
         if header.data != self.material.hash {

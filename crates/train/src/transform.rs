@@ -1,7 +1,7 @@
 //! How a gradient becomes an update: a chain of small links after optax.
 //!
-//! Gradients go in, each link changes them or the parameters, its state lies in the open so that it can be saved and
-//! restored exactly. A new training method is a new link; the loop stays as it is.
+//! Gradients go in, each link changes them or the parameters, its state lies in the open so that it
+//! can be saved and restored exactly. A new training method is a new link; the loop stays as it is.
 
 use crate::{
     adamw::AdamW,
@@ -125,7 +125,8 @@ impl Chain {
     }
 }
 
-/// Scales all gradients so that their global L2 norm is at most `limit`. A limit of 0 only measures.
+/// Scales all gradients so that their global L2 norm is at most `limit`. A limit of 0 only
+/// measures.
 pub struct ClipByNorm {
     limit: f64,
     norm: f64,
@@ -189,8 +190,9 @@ impl Transform for ClipByValue {
 
 /// Drops the gradients of the names that match: those parameters keep their values in this step.
 ///
-/// Parameters that are frozen for a whole run are better switched off with [`Params::set_trainable`], which also saves
-/// the backward pass; this link is for methods that change their mind from step to step.
+/// Parameters that are frozen for a whole run are better switched off with
+/// [`Params::set_trainable`], which also saves the backward pass; this link is for methods that
+/// change their mind from step to step.
 pub struct Freeze {
     patterns: Vec<Pattern>,
 }

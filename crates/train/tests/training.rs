@@ -1,4 +1,5 @@
 //! Training as a user does it, on networks of a few hundred parameters.
+#![allow(clippy::unwrap_used)]
 
 use serde_json::{Value, json};
 use std::{
@@ -119,8 +120,8 @@ fn loss_of(decoder: &nn::Decoder, params: &Params, batch: &TokenBatch) -> f64 {
     loss::evaluate(decoder, &params.constants(), std::slice::from_ref(batch)).unwrap()
 }
 
-/// The slope of the loss along each parameter's gradient must be the gradient's norm, and along a random direction the
-/// product of both.
+/// The slope of the loss along each parameter's gradient must be the gradient's norm, and along a
+/// random direction the product of both.
 #[test]
 fn gradients_of_whole_networks_are_slopes() {
     for config in [

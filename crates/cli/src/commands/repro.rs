@@ -12,7 +12,7 @@ use crate::output::Output;
 /// Flags of `strata repro`.
 #[derive(clap::Args)]
 #[command(after_help = "Exit code 1 when a claim does not hold.")]
-#[group(id = "which", required = true, multiple = false, args = ["slug", "room", "all"])]
+#[command(group(clap::ArgGroup::new("which").required(true).args(["slug", "room", "all"])))]
 pub struct Args {
     /// The method whose claims are checked
     slug: Option<String>,

@@ -176,3 +176,59 @@ fn the_ids_at_the_ends_come_from_the_configuration() {
     write("config.json", "{");
     assert!(Tokenizer::from_dir(dir.path()).unwrap_err().to_string().contains("config.json:1"));
 }
+
+/// The metadata of a GGUF file without tensors, from keys and encoded values (type, bytes).
+fn gguf_metadata(pairs: &[(&str, u32, Vec<u8>)]) -> store::gguf::Metadata {
+    let mut bytes = b"GGUF".to_vec();
+    bytes.extend(3u32.to_le_bytes());
+    bytes.extend(0u64.to_le_bytes());
+    bytes.extend((pairs.len() as u64).to_le_bytes());
+    for (key, kind, value) in pairs {
+        let key = format!("tokenizer.ggml.{key}");
+        bytes.extend((key.len() as u64).to_le_bytes());
+        bytes.extend(key.as_bytes());
+        bytes.extend(kind.to_le_bytes());
+        bytes.extend(value);
+    }
+    bytes.resize(bytes.len().next_multiple_of(32), 0);
+    store::gguf::parse_bytes(&bytes, Path::new("test.gguf")).unwrap().metadata
+}
+
+fn gguf_string(text: &str) -> Vec<u8> {
+    [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
+}
+
+fn gguf_array(kind: u32, items: Vec<Vec<u8>>) -> Vec<u8> {
+    let head = [kind.to_le_bytes().to_vec(), (items.len() as u64).to_le_bytes().to_vec()].concat();
+    [head, items.concat()].concat()
+}
+
+#[test]
+fn the_keys_of_a_gguf_file_are_read() {
+    let pieces =
+        [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("▁a", -1.0, 1), ("▁", -2.0, 1), ("a", -3.0, 1)];
+    let texts = gguf_array(8, pieces.iter().map(|p| gguf_string(p.0)).collect());
+    let scores = gguf_array(6, pieces.iter().map(|p| f32::to_le_bytes(p.1).to_vec()).collect());
+    let kinds = gguf_array(5, pieces.iter().map(|p| i32::to_le_bytes(p.2).to_vec()).collect());
+    let llama = gguf_metadata(&[
+        ("model", 8, gguf_string("llama")),
+        ("tokens", 9, texts.clone()),
+        ("scores", 9, scores),
+        ("token_type", 9, kinds),
+        ("bos_token_id", 4, 1u32.to_le_bytes().to_vec()),
+    ]);
+    let vocabulary = gguf::Vocabulary::read(&llama).unwrap();
+    assert_eq!((vocabulary.begin, vocabulary.end), (Some(1), None));
+    let tokenizer = built(&vocabulary.to_json().unwrap());
+    assert_eq!(tokenizer.encode("a aa", true).unwrap(), [1, 2, 2, 4]);
+    let refused =
+        |pairs: &[(&str, u32, Vec<u8>)]| gguf::Vocabulary::read(&gguf_metadata(pairs)).unwrap_err();
+    assert!(refused(&[]).contains("carries no tokenizer"));
+    let bert = [("model", 8, gguf_string("bert")), ("tokens", 9, texts.clone())];
+    assert!(refused(&bert).contains("\"llama\" and \"gpt2\""));
+    let bare = [("model", 8, gguf_string("llama")), ("tokens", 9, texts.clone())];
+    assert!(refused(&bare).contains("tokenizer.ggml.scores"));
+    let other =
+        [("model", 8, gguf_string("gpt2")), ("pre", 8, gguf_string("odd")), ("tokens", 9, texts)];
+    assert!(refused(&other).contains("\"odd\""));
+}
