@@ -72,7 +72,7 @@ impl Room {
         self.path(out)
     }
 
-    /// Expects a refusal that says all of `phrases` and leaves no output.
+    /// Expects a refusal that says all of `phrases`.
     fn refused(&self, arguments: &[String], phrases: &[&str]) {
         let (code, stdout, stderr) = run(&strs(arguments));
         assert_eq!(code, 2, "{arguments:?}\n{stdout}{stderr}");
@@ -254,8 +254,14 @@ fn only_the_named_layers_change_in_an_ordinary_checkpoint() {
 fn a_pattern_that_matches_nothing_is_answered_with_the_nearest_layer() {
     let room = Room::new();
     for flag in ["--exclude", "--only"] {
-        let job = room.job("rtn", "out", &["--group-size", "16", flag, "layers.1.mlp.donw_proj"]);
-        room.refused(&job, &["`layers.1.mlp.donw_proj`", "`model.layers.1.mlp.down_proj`"]);
+        for (wrong, right) in [
+            ("layers.1.mlp.donw_proj", "layers.1.mlp.down_proj`"),
+            ("*.donw_proj", "down_proj`"),
+            ("dwon_proj", "down_proj`"),
+        ] {
+            let job = room.job("rtn", "out", &["--group-size", "16", flag, wrong]);
+            room.refused(&job, &[&format!("`{wrong}`"), right]);
+        }
     }
     let job = room.job("rtn", "out", &["--group-size", "16", "--only", "lm_head"]);
     room.refused(&job, &["nothing is left to quantise", "--only"]);
@@ -366,9 +372,7 @@ fn a_weight_that_is_not_a_number_is_refused_by_name_and_leaves_no_output() {
         let model = damaged(&room, &format!("{module}.weight"));
         for method in METHODS {
             let job = room.job_on(&model, method, "out", &["--group-size", "16"]);
-            // AWQ may meet the damage in what the layer feeds before it reads the layer.
-            let phrases: &[&str] = if method == "awq" { &["NaN"] } else { &[module, "NaN"] };
-            room.refused(&job, phrases);
+            room.refused(&job, &[module, "NaN"]);
             assert!(!room.path("out").exists(), "{method}");
             let _ = std::fs::remove_dir_all(room.path("out.partial"));
         }
@@ -418,7 +422,7 @@ fn a_quantised_checkpoint_is_not_quantised_again() {
         let packed = room.quantize("rtn", format, &["--format", format]);
         for method in ["rtn", "awq"] {
             let job = room.job_on(&packed, method, "out", &["--group-size", "16"]);
-            room.refused(&job, &[format]);
+            room.refused(&job, &[arg(&packed), "already quantised"]);
             assert!(!room.path("out").exists() && !room.path("out.partial").exists());
         }
     }

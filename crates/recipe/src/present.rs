@@ -10,7 +10,7 @@ pub fn plan_line(plan: &Plan, options: &QuantizeOptions) -> String {
     let layers = plan.layers().filter(|l| l.grid.is_some()).count();
     let kept = plan.layers().count() - layers;
     format!(
-        "plan: {} on {layers} layers in {} blocks, {} bits{}; {} -> about {}",
+        "plan: {} on {layers} layers in {} blocks, {} bits{}; {} → about {}",
         options.method.slug(),
         plan.blocks.len(),
         options.grid.bits,
@@ -45,13 +45,13 @@ pub fn quantize(
     let format = format.as_str().unwrap_or_default().to_string();
     let kind = if options.grid.symmetric { "symmetric" } else { "asymmetric" };
     let mut report = Report::new(title, format!("{kind} grid, {group}, {format} format"));
-    report.fact("size", format!("{} -> {}", human::bytes(bytes.0), human::bytes(bytes.1)));
+    report.fact("size", format!("{} → {}", human::bytes(bytes.0), human::bytes(bytes.1)));
     report.fact("smaller by", format!("{:.2} x", bytes.0 as f64 / bytes.1.max(1) as f64));
     if let Some(m) = measures {
         report.fact(
             "perplexity",
             format!(
-                "{:.4} -> {:.4}",
+                "{:.4} → {:.4}",
                 m.before.perplexity.perplexity, m.after.perplexity.perplexity
             ),
         );

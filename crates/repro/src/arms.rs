@@ -13,6 +13,9 @@ use std::collections::BTreeMap;
 /// Calibration seeds of every experiment.
 pub const SEEDS: [u64; 3] = [0, 1, 2];
 
+/// Finished runs by what they were: perplexity, searched mappings, those worse than rounding.
+pub type Memo = std::rc::Rc<std::cell::RefCell<BTreeMap<(Condition, Arm, u64), (f64, [usize; 2])>>>;
+
 /// What is done to the weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Arm {
@@ -122,9 +125,9 @@ pub fn measure(
     for subject in subjects {
         let model = Model::open(&subject.path)?;
         let full = perplexity(&model, subject)?;
-        let windows: Vec<Calibration> = SEEDS
+        let windows: Vec<(u64, Calibration)> = SEEDS
             .iter()
-            .map(|&seed| calibration(settings, subject, seed))
+            .map(|&seed| Ok((seed, calibration(settings, subject, seed)?)))
             .collect::<Result<_>>()?;
         for &bits in bits {
             for &group in &subject.groups {
@@ -143,14 +146,24 @@ pub fn measure(
                 for &arm in arms {
                     let options = arm.options(bits, group);
                     let mut values = Vec::new();
-                    for calibration in &windows {
+                    for (seed, calibration) in &windows {
                         if arm == Arm::Rtn && !values.is_empty() {
                             values.push(values[0]);
                             continue;
                         }
-                        let (value, layers) =
-                            run(settings, subject, &model, &options, calibration)?;
-                        count_losses(&layers, &mut measured);
+                        let key = (measured.condition.clone(), arm, *seed);
+                        let known = settings.memo.borrow().get(&key).copied();
+                        let (value, [searched, worse]) = match known {
+                            Some(known) => known,
+                            None => {
+                                let (value, layers) =
+                                    run(settings, subject, &model, &options, calibration)?;
+                                (value, count_losses(&layers))
+                            }
+                        };
+                        settings.memo.borrow_mut().insert(key, (value, [searched, worse]));
+                        measured.searched += searched;
+                        measured.worse_than_rounding += worse;
                         values.push(value);
                         progress.inc(1);
                     }
@@ -164,9 +177,9 @@ pub fn measure(
     Ok(all)
 }
 
-/// Calibration windows: 64 of 128 tokens (16 when fast), by the AWQ rule on documents.
+/// Calibration windows: 32 random ones of 128 tokens (16 when fast).
 fn calibration(settings: &Settings, subject: &Subject, seed: u64) -> Result<Calibration> {
-    let count = if settings.fast { 16 } else { 64 };
+    let count = if settings.fast { 16 } else { 32 };
     let (length, documents) = (subject.window, &subject.calibration);
     let windows = text::calibration_random(documents, &subject.tokenizer, count, length, seed)?;
     Ok(Calibration::new(windows.tokens, windows.length)?)
@@ -202,14 +215,17 @@ fn perplexity(model: &Model, subject: &Subject) -> Result<f64> {
     Ok(eval::perplexity(model, tokens, subject.window, subject.window)?.perplexity)
 }
 
-fn count_losses(layers: &[LayerResult], measured: &mut Measured) {
+/// Mappings searched, and those whose searched loss exceeds that of rounding.
+fn count_losses(layers: &[LayerResult]) -> [usize; 2] {
+    let mut counts = [0; 2];
     for layer in layers {
         let number = |key: &str| layer.details.get(key).and_then(|v| v.as_f64());
         if let (Some(found), Some(rounding)) = (number("search_loss"), number("rounding_loss")) {
-            measured.searched += 1;
-            measured.worse_than_rounding += usize::from(found > rounding);
+            counts[0] += 1;
+            counts[1] += usize::from(found > rounding);
         }
     }
+    counts
 }
 
 /// The numbers of an experiment as a table: mean over seeds and the spread (largest - smallest).

@@ -30,6 +30,8 @@ pub struct Settings {
     pub shared: Option<PathBuf>,
     /// Where intermediate models go; removed afterwards.
     pub scratch: PathBuf,
+    /// What was measured already: several claims rest on the same runs.
+    memo: arms::Memo,
 }
 
 impl Settings {
@@ -42,6 +44,7 @@ impl Settings {
             samples: PathBuf::from("samples"),
             shared: shared.is_dir().then_some(shared),
             scratch: std::env::temp_dir().join(format!("strata-repro-{}", std::process::id())),
+            memo: arms::Memo::default(),
         }
     }
 }

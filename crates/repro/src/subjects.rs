@@ -47,8 +47,8 @@ pub fn subjects(settings: &Settings, notes: &mut Vec<String>) -> Result<Vec<Subj
         )));
     }
     let world = Almanac::embedded();
-    let groups: &[usize] = if settings.fast { &[128] } else { &[32, 64, 128] };
-    let tokens = if settings.fast { 8192 } else { 32768 };
+    let groups: &[usize] = if settings.fast { &[128] } else { &[32, 128] };
+    let tokens = if settings.fast { 8192 } else { 16384 };
     all.extend(both(
         settings,
         "almanac-3m",
@@ -58,7 +58,8 @@ pub fn subjects(settings: &Settings, notes: &mut Vec<String>) -> Result<Vec<Subj
         tokens,
     )?);
     match settings.shared.as_ref().filter(|_| !settings.fast) {
-        Some(shared) if shared.join("stories260k").is_dir() => {
+        Some(shared) if shared.join("data/stories260k").is_dir() => {
+            let shared = shared.join("data");
             let stories = stories(&shared.join("tinystories-sample/tinystories_1000.json"))?;
             // 172 inputs of the down projection: only whole rows divide all widths.
             let path = shared.join("stories260k");

@@ -39,7 +39,8 @@ pub struct Args {
 /// Checks the claims.
 pub fn run(args: &Args) -> Result<()> {
     let selected = select(args)?;
-    let settings = Settings { samples: args.samples.clone(), ..Settings::usual(args.fast) };
+    let mut settings = Settings::usual(args.fast);
+    settings.samples.clone_from(&args.samples);
     let (page, claims) = repro::run(&selected, &settings)?;
     let mut out = Output::new();
     if args.json {
