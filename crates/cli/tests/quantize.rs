@@ -1,4 +1,6 @@
 //! The main job as a user runs it: what is written, what is left alone, what is refused and how.
+// Helpers of tests are tests too.
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 mod common;
 

@@ -328,7 +328,7 @@ pub fn effective_group(options: &GridOptions, in_features: usize) -> usize {
 
 /// Refuses a group size that does not divide the row, with the divisors that would work.
 pub fn require_whole_groups(layer: &str, in_features: usize, group_size: usize) -> Result<()> {
-    if group_size != 0 && in_features % group_size == 0 {
+    if group_size != 0 && in_features.is_multiple_of(group_size) {
         return Ok(());
     }
     let divisors: Vec<String> = [16, 32, 64, 128, 256, 512]

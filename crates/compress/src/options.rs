@@ -108,7 +108,6 @@ pub struct Override {
 #[derive(
     Debug,
     Clone,
-    Default,
     PartialEq,
     serde::Serialize,
     serde::Deserialize,
@@ -151,6 +150,25 @@ pub struct QuantizeOptions {
     /// Largest size of one output shard
     #[arg(long, value_name = "SIZE", default_value = "5GB")]
     pub max_shard_size: MemoryLimit,
+}
+
+impl Default for QuantizeOptions {
+    /// The defaults of the flags.
+    fn default() -> Self {
+        Self {
+            method: Method::default(),
+            grid: GridOptions::default(),
+            format: Format::default(),
+            calibration: CalibrationOptions::default(),
+            gptq: GptqOptions::default(),
+            awq: AwqOptions::default(),
+            exclude: Vec::new(),
+            only: Vec::new(),
+            overrides: Vec::new(),
+            memory: MemoryLimit::default(),
+            max_shard_size: MemoryLimit(5_000_000_000),
+        }
+    }
 }
 
 /// Where calibration windows come from.
@@ -232,15 +250,25 @@ impl std::fmt::Display for MemoryLimit {
 }
 
 impl serde::Serialize for MemoryLimit {
+    /// The exact number of bytes.
     fn serialize<S: serde::Serializer>(&self, s: S) -> std::result::Result<S::Ok, S::Error> {
-        s.collect_str(self)
+        s.serialize_u64(self.0)
     }
 }
 
 impl<'de> serde::Deserialize<'de> for MemoryLimit {
+    /// A number of bytes, or text with a unit.
     fn deserialize<D: serde::Deserializer<'de>>(d: D) -> std::result::Result<Self, D::Error> {
-        let text = String::deserialize(d)?;
-        text.parse().map_err(serde::de::Error::custom)
+        #[derive(serde::Deserialize)]
+        #[serde(untagged)]
+        enum Size {
+            Bytes(u64),
+            Text(String),
+        }
+        match Size::deserialize(d)? {
+            Size::Bytes(bytes) => Ok(Self(bytes)),
+            Size::Text(text) => text.parse().map_err(serde::de::Error::custom),
+        }
     }
 }
 

@@ -36,6 +36,7 @@ impl Plan {
         options: &QuantizeOptions,
     ) -> Result<Self> {
         options.check()?;
+        crate::runner::refuse_quantized(checkpoint)?;
         let exclude = patterns(&options.exclude)?;
         let only = patterns(&options.only)?;
         let overrides: Vec<Pattern> =
@@ -56,7 +57,13 @@ impl Plan {
                 || decoder.other_names().iter().any(|name| pattern.matches(&name.module))
                 || pattern.matches("lm_head");
             if !known {
-                let near = method::nearest(text, all.iter().map(String::as_str));
+                // Patterns usually name the end of a layer's name: compare with every end.
+                let bare = text.trim_matches(['*', '.']);
+                let ends = all.iter().flat_map(|name| {
+                    let tails = name.match_indices('.').filter_map(move |(at, _)| name.get(at + 1..));
+                    std::iter::once(name.as_str()).chain(tails)
+                });
+                let near = method::nearest(bare, ends);
                 return Err(Error::Options(format!(
                     "pattern `{text}` matches no layer{}",
                     near.map(|n| format!("; the nearest name is `{n}`")).unwrap_or_default()

@@ -44,9 +44,6 @@ pub struct Target<'a> {
     pub provenance: serde_json::Value,
 }
 
-/// The key of the journal entry of everything outside the blocks.
-const OUTER: &str = "outer";
-
 /// Quantises `model` as planned. `progress` counts blocks.
 pub fn run(
     model: &Model,
@@ -69,12 +66,13 @@ pub fn run(
         },
     )?;
     let walk = Walk { model, plan, options, calibration };
-    if writer.sealed_step(OUTER).is_none() {
+    if writer.sealed().is_empty() {
+        // Sealed together with the first block: a job that fails before that leaves nothing behind
+        // that a corrected command would have to get past.
         walk.write_outer(&mut writer)?;
-        writer.seal(OUTER, serde_json::Value::Null)?;
     }
     let mut done = Vec::new();
-    for entry in writer.sealed().iter().filter(|entry| entry.key != OUTER) {
+    for entry in writer.sealed() {
         let note: BlockNote = serde_json::from_value(entry.note.clone())
             .map_err(|e| Error::Options(format!("the journal of the job is damaged: {e}")))?;
         done.push(note);
@@ -167,7 +165,7 @@ fn fingerprint(
 }
 
 /// Refuses a checkpoint whose weights are already on an integer grid.
-fn refuse_quantized(checkpoint: &Checkpoint) -> Result<()> {
+pub(crate) fn refuse_quantized(checkpoint: &Checkpoint) -> Result<()> {
     if store::packed::parse_config(checkpoint.config()?)?.is_some() {
         return Err(Error::Options(format!(
             "{} is already quantised; start from the original checkpoint",
@@ -388,8 +386,11 @@ impl Walk<'_> {
             "report.json",
             "losses.jsonl",
         ];
-        if checkpoint.path().is_dir() {
-            writer.carry(checkpoint.directory(), &own)?;
+        let directory = checkpoint.directory();
+        if checkpoint.gguf_metadata().is_some() {
+            self.write_gguf_tokenizer(writer)?;
+        } else if directory.join("config.json").is_file() {
+            writer.carry(directory, &own)?;
         }
         writer.put_json("config.json", &config)?;
         let layers = serde_json::to_value(layers).unwrap_or_default();
@@ -408,6 +409,20 @@ impl Walk<'_> {
             }),
         )?;
         Ok(())
+    }
+
+    /// A GGUF file holds its tokenizer inside; other containers need it as files.
+    fn write_gguf_tokenizer(&self, writer: &mut Writer) -> Result<()> {
+        let tokenizer = data::Tokenizer::from_checkpoint(&self.model.checkpoint)?;
+        let mut config = serde_json::Map::new();
+        config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
+        for (key, id) in [("bos_token", tokenizer.bos()), ("eos_token", tokenizer.eos())] {
+            if let Some(text) = id.and_then(|id| tokenizer.token_text(id)) {
+                config.insert(key.into(), text.into());
+            }
+        }
+        writer.put_file("tokenizer.json", tokenizer.to_json()?.as_bytes())?;
+        Ok(writer.put_json("tokenizer_config.json", &config.into())?)
     }
 
     fn quant_config(&self, layout: store::packed::Layout, ignored: &[String]) -> QuantConfig {

@@ -1,4 +1,6 @@
 //! The recipes that come with Strata are recipes.
+// Helpers of tests are tests too.
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::path::{Path, PathBuf};
 use strata_recipe::Recipe;

@@ -229,7 +229,7 @@ fn stale_grids_differ_only_inside_a_block() {
 
 #[test]
 fn refusals_name_the_layer_and_the_way_out() {
-    let nothing = gram(&vec![0.0; 32], 8);
+    let nothing = gram(&[0.0; 32], 8);
     let message = Factor::new("blk.q", &nothing, &GptqOptions::default()).unwrap_err().to_string();
     assert!(message.contains("blk.q"), "{message}");
     let infinite = gram(&[f32::INFINITY; 8], 8);
