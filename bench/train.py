@@ -22,7 +22,7 @@ def main():
     ours, theirs = [], []
     # Alternating, so that a busy machine disturbs both alike.
     for _ in range(3):
-        ours.append(output([ROOT / "target/release/examples/bench_step", "--json"]))
+        ours.append(output([ROOT / "target/release/examples/bench_step", "llama15m", "--json"]))
         theirs.append(output([sys.executable, ROOT / "bench/peers/train_torch.py"]))
     for key in ["forward_ms", "step_ms", "peak_mb"]:
         a, b = (sorted(run[key] for run in runs)[1] for runs in (ours, theirs))

@@ -14,7 +14,10 @@ import torch
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import GPTQModifier
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+# The windows are token ids already; the collator only wants some tokenizer to exist.
+TOKENIZER = pathlib.Path(__file__).resolve().parents[2] / "samples" / "almanac-3m"
 
 
 def main():
@@ -35,6 +38,7 @@ def main():
         model=model,
         dataset=dataset,
         recipe=recipe,
+        tokenizer=AutoTokenizer.from_pretrained(TOKENIZER),
         max_seq_length=len(windows[0]),
         num_calibration_samples=len(windows),
     )

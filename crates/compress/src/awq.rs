@@ -7,7 +7,8 @@
 //! of every group. No training.
 //!
 //! This file is the mathematics on matrices and vectors; `block` applies it to one block of a
-//! network. Which layers share a scale is the architecture's table ([`nn::Decoder::mappings`]).
+//! network. Which layers share a scale is the architecture's table ([`nn::Decoder::mappings`]) or a
+//! user's choice from it (`mappings`); `stored` keeps what a search found for later jobs.
 
 use crate::grid::{Grid, Matrix};
 use crate::statistics::{TokenSample, quadratic_error};
@@ -16,125 +17,16 @@ use rayon::prelude::*;
 use tensor::kernels::{Matrix as View, Output, matmul_serial};
 
 mod block;
+mod mappings;
+mod options;
+mod stored;
 
 pub use block::quantize_block;
-
-/// Options of AWQ.
-#[derive(
-    Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize, schemars::JsonSchema, clap::Args,
-)]
-#[serde(default)]
-pub struct AwqOptions {
-    /// How a channel's scale follows from the statistics: `plain` is the paper's, `duo` divides by the weights' own magnitude
-    #[arg(long, value_enum, default_value_t = Search::Plain)]
-    pub search: Search,
-    /// Exponents tried: `reference` is 0, 0.05, ..., 0.95; `closed` reaches 1
-    #[arg(long = "search-grid", value_enum, default_value_t = RatioGrid::Reference)]
-    pub search_grid: RatioGrid,
-    /// Number of exponents tried
-    #[arg(long, default_value_t = 20)]
-    pub search_points: usize,
-    /// Skip the scale search
-    #[arg(long)]
-    pub no_scale: bool,
-    /// Skip the clipping search
-    #[arg(long)]
-    pub no_clip: bool,
-    /// Tokens on which clipping is judged
-    #[arg(long, default_value_t = 512)]
-    pub clip_tokens: usize,
-    /// Scale the value projection for the output projection under grouped queries, sharing a scale over the repeats
-    #[arg(long, value_enum, default_value_t = GqaFold::None)]
-    pub gqa_fold: GqaFold,
-    /// What the scale search compares: the output of the `module` that reads the layers, or of the `linear` layers alone (faster; a deviation from the paper)
-    #[arg(long, value_enum, default_value_t = Objective::Module)]
-    pub objective: Objective,
-}
-
-impl Default for AwqOptions {
-    fn default() -> Self {
-        Self {
-            search: Search::Plain,
-            search_grid: RatioGrid::Reference,
-            search_points: 20,
-            no_scale: false,
-            no_clip: false,
-            clip_tokens: 512,
-            gqa_fold: GqaFold::None,
-            objective: Objective::Module,
-        }
-    }
-}
-
-macro_rules! choice {
-    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident),+ $(,)? }) => {
-        $(#[$doc])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-        #[derive(serde::Serialize, serde::Deserialize, schemars::JsonSchema, clap::ValueEnum)]
-        #[serde(rename_all = "kebab-case")]
-        pub enum $name { $($(#[$variant_doc])* $variant),+ }
-    };
-}
-
-choice! {
-    /// How scales follow from statistics.
-    Search {
-        /// `s = mean|x|^a` (the paper).
-        #[default]
-        Plain,
-        /// `s = mean|x|^a / mean|w|^(1-a)` (AutoAWQ's default), with the identity added.
-        Duo,
-    }
-}
-choice! {
-    /// Which exponents are tried.
-    RatioGrid {
-        /// `k / n`: 0 to below 1.
-        #[default]
-        Reference,
-        /// `k / (n - 1)`: 0 to 1.
-        Closed,
-    }
-}
-choice! {
-    /// How one scale is shared by the query heads that read the same value head.
-    GqaFold {
-        /// Such layers are not scaled.
-        #[default]
-        None,
-        /// The mean over the repeats.
-        Mean,
-        /// The maximum over the repeats.
-        Max,
-    }
-}
-choice! {
-    /// What the scale search compares.
-    Objective {
-        /// Output of the module that reads the scaled layers.
-        #[default]
-        Module,
-        /// Output of the scaled layers themselves, through their Gram matrix.
-        Linear,
-    }
-}
-
-impl AwqOptions {
-    /// Refuses options that cannot work.
-    pub fn check(&self) -> Result<()> {
-        if self.search_points < 2 {
-            return Err(Error::Options(
-                "the scale search needs at least 2 points; 20 is usual".into(),
-            ));
-        }
-        if self.clip_tokens == 0 && !self.no_clip {
-            return Err(Error::Options(
-                "clipping needs tokens: give --clip-tokens 512, or --no-clip".into(),
-            ));
-        }
-        Ok(())
-    }
-}
+pub use options::{AwqOptions, GqaFold, KeepBy, Objective, RatioGrid, Rounding, Search};
+pub use stored::{
+    BlockRecord, BlockSearch, ClipRecord, MappingRecord, Prepared, SEARCH_DIRECTORY, SEARCH_FILE,
+    contents as search_contents,
+};
 
 /// One set of channel scales to be tried.
 #[derive(Debug, Clone, PartialEq)]
@@ -145,7 +37,32 @@ pub struct Candidate {
     pub scales: Vec<f32>,
 }
 
-/// The candidates of one search, the identity first.
+/// Share of the channels that a fixed scale is put on (the paper's salient 1 %).
+pub const FIXED_SHARE: f64 = 0.01;
+
+/// The channels with the largest scores, `share` of all and at least one, in ascending order; of
+/// equal scores the first count.
+pub fn largest_channels(scores: &[f32], share: f64) -> Vec<usize> {
+    let count = (share * scores.len() as f64).ceil().max(1.0) as usize;
+    let mut order: Vec<usize> = (0..scores.len()).collect();
+    order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
+    order.truncate(count);
+    order.sort_unstable();
+    order
+}
+
+/// Norm of every column of `matrix`, `[in]`.
+pub fn column_norms(matrix: &Matrix) -> Vec<f32> {
+    let mut sums = vec![0f64; matrix.in_features];
+    for row in matrix.values.chunks(matrix.in_features) {
+        for (sum, &w) in sums.iter_mut().zip(row) {
+            *sum += f64::from(w) * f64::from(w);
+        }
+    }
+    sums.iter().map(|sum| sum.sqrt() as f32).collect()
+}
+
+/// The candidates of one search, the identity first; with a fixed scale only that one follows.
 ///
 /// `x_mean` is `mean|x|` per channel, `w_mean` the weights' relative magnitude per channel
 /// (only `duo` needs it). `tie` reduces scales to those that an architecture can fold.
@@ -157,6 +74,15 @@ pub fn candidates(
 ) -> Vec<Candidate> {
     let mut all = vec![Candidate { ratio: None, scales: vec![1.0; x_mean.len()] }];
     if options.no_scale {
+        return all;
+    }
+    if let Some(factor) = options.fixed_scale {
+        let mut scales = vec![1.0; x_mean.len()];
+        for channel in largest_channels(x_mean, FIXED_SHARE) {
+            scales[channel] = factor;
+        }
+        tie(&mut scales);
+        all.push(Candidate { ratio: None, scales });
         return all;
     }
     let points = options.search_points;
@@ -422,10 +348,10 @@ fn clip_limit(largest: f32, step: usize) -> f32 {
     largest * (1.0 - step as f32 / (2 * CLIP_STEPS) as f32)
 }
 
-/// Clamps every group of `matrix` to its limit.
-pub fn apply_clip(matrix: &mut Matrix, clip: &Clip, group_size: usize) {
+/// Clamps every group of `matrix` to its limit (`[out, groups]`).
+pub fn apply_clip(matrix: &mut Matrix, limits: &[f32], group_size: usize) {
     let groups = matrix.in_features.div_ceil(group_size);
-    matrix.values.par_chunks_mut(matrix.in_features).zip(clip.limits.par_chunks(groups)).for_each(
+    matrix.values.par_chunks_mut(matrix.in_features).zip(limits.par_chunks(groups)).for_each(
         |(row, limits)| {
             for (group, &limit) in row.chunks_mut(group_size).zip(limits) {
                 group.iter_mut().for_each(|w| *w = w.clamp(-limit, limit));
@@ -453,5 +379,7 @@ pub fn tie_repeats(scales: &mut [f32], kv_heads: usize, head_dim: usize, fold: G
     }
 }
 
+#[cfg(test)]
+mod job_tests;
 #[cfg(test)]
 mod tests;

@@ -133,6 +133,9 @@ pub struct BlockJob<'a> {
     pub resid: &'a mut Activations,
     /// The branch between two stages, one slot per batch.
     pub branch: &'a mut Activations,
+    /// Input channels that stay out of rounding, by module (ordinary weights only: no packed format
+    /// can hold them).
+    pub kept: BTreeMap<String, Vec<usize>>,
     /// The quantised layers, by module.
     pub quantized: BTreeMap<String, QuantizedMatrix>,
     /// What quantising them cost.
@@ -187,6 +190,29 @@ impl BlockJob<'_> {
         Ok(matrix)
     }
 
+    /// Refuses a block with NaN or infinity in any of its tensors, naming the first. Left in, one
+    /// bad weight shows as bad activations of layers that have nothing to do with it.
+    pub fn check_finite(&self) -> Result<()> {
+        for name in self.decoder.names(self.index)?.all() {
+            let leaves = if name.bias { &[Leaf::Weight, Leaf::Bias][..] } else { &[Leaf::Weight] };
+            for &leaf in leaves {
+                let finite = if leaf == Leaf::Bias || name.role.is_norm() {
+                    host::read(&self.weights.vector(name, leaf)?, all_finite)
+                } else {
+                    host::read(&self.weights.matrix(name)?, all_finite)
+                };
+                if !finite {
+                    return Err(Error::layer(
+                        name.tensor(leaf),
+                        "holds NaN or infinity; the checkpoint is damaged or overflowed when it \
+                         was saved",
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Replaces the working copy of a linear layer.
     pub fn set_matrix(&mut self, name: &Name, values: Vec<f32>) {
         let tensor = host::from_vec(values, name.shape, &self.weights.device());
@@ -232,7 +258,16 @@ impl BlockJob<'_> {
                 ),
             ));
         }
-        let values = quantized.dequantize();
+        let mut values = quantized.dequantize();
+        let mut bits_per_weight = quantized.bits_per_weight();
+        if let Some(kept) = self.kept.get(&name.module) {
+            let width = name.in_features();
+            for (row, original) in values.chunks_mut(width).zip(original.values.chunks(width)) {
+                kept.iter().for_each(|&channel| row[channel] = original[channel]);
+            }
+            let share = kept.len() as f64 / width as f64;
+            bits_per_weight += share * (16.0 - f64::from(quantized.bits));
+        }
         let (error, norm) = original.squared_error(&values);
         self.results.push(LayerResult {
             module: name.module.clone(),
@@ -241,7 +276,7 @@ impl BlockJob<'_> {
             shape: name.shape,
             bits: quantized.bits,
             group_size: effective_group(options, name.in_features()),
-            bits_per_weight: quantized.bits_per_weight(),
+            bits_per_weight,
             weight_error: ratio(error, norm),
             output_error: sample.map(|sample| output_error(original, &values, sample)),
             histogram: histogram(original, &quantized, &values),
@@ -251,6 +286,11 @@ impl BlockJob<'_> {
         self.quantized.insert(name.module.clone(), quantized);
         Ok(())
     }
+}
+
+fn all_finite(values: &[f32]) -> bool {
+    use rayon::prelude::*;
+    values.par_chunks(1 << 14).all(|part| part.iter().all(|w| w.is_finite()))
 }
 
 fn ratio(error: f64, norm: f64) -> f64 {

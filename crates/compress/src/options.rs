@@ -1,6 +1,6 @@
 //! Options of a quantisation job: the one definition behind flags, recipe keys, schema and docs.
 
-use crate::awq::AwqOptions;
+use crate::awq::{AwqOptions, Rounding};
 use crate::gptq::GptqOptions;
 use crate::grid::GridOptions;
 use crate::{Error, Result};
@@ -273,15 +273,37 @@ impl<'de> serde::Deserialize<'de> for MemoryLimit {
 }
 
 impl QuantizeOptions {
+    /// Whether this job looks at activations.
+    pub fn calibrates(&self) -> bool {
+        self.method.calibrates() && (self.method != Method::Awq || self.awq.calibrates())
+    }
+
+    /// Whether GPTQ chooses the codes.
+    pub(crate) fn rounds_by_gptq(&self) -> bool {
+        match self.method {
+            Method::Gptq => true,
+            Method::Awq => self.awq.rounding == Rounding::Gptq,
+            Method::Rtn => false,
+        }
+    }
+
     /// Refuses options that cannot work, before any file is touched.
     pub fn check(&self) -> Result<()> {
         crate::grid::Grid::new(&self.grid)?;
-        match self.method {
-            Method::Gptq => self.gptq.check(&self.grid)?,
-            Method::Awq => self.awq.check()?,
-            Method::Rtn => {}
+        if self.rounds_by_gptq() {
+            self.gptq.check(&self.grid)?;
         }
-        if self.method.calibrates() {
+        if self.method == Method::Awq {
+            self.awq.check()?;
+            if self.awq.keep_channels.is_some() && self.format != Format::Dequantized {
+                return Err(Error::Options(
+                    "--keep-channels mixes precisions within a layer, which packed formats cannot \
+                     hold: use --format dequantized"
+                        .into(),
+                ));
+            }
+        }
+        if self.calibrates() {
             if self.calibration.samples == 0 {
                 return Err(Error::Options(
                     "no calibration samples: give --samples 128, or use --method rtn".into(),
@@ -313,7 +335,7 @@ impl QuantizeOptions {
                     .into(),
             ));
         }
-        let reordered = self.method == Method::Gptq
+        let reordered = self.rounds_by_gptq()
             && self.gptq.act_order
             && !self.gptq.static_groups
             && self.grid.granularity == crate::grid::Granularity::Group

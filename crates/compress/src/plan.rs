@@ -37,6 +37,7 @@ impl Plan {
     ) -> Result<Self> {
         options.check()?;
         crate::runner::refuse_quantized(checkpoint)?;
+        crate::awq::Prepared::new(decoder, options)?;
         let exclude = patterns(&options.exclude)?;
         let only = patterns(&options.only)?;
         let overrides: Vec<Pattern> =

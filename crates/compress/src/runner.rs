@@ -54,7 +54,14 @@ pub fn run(
     progress: &report::Progress,
 ) -> Result<Outcome> {
     refuse_quantized(&model.checkpoint)?;
-    let fingerprint = fingerprint(options, calibration, target)?;
+    if options.calibrates() && calibration.tokens() == 0 {
+        return Err(Error::Options(format!(
+            "{} needs calibration text, and there is none: give --calibration, or use --method rtn",
+            options.method.slug()
+        )));
+    }
+    let prepared = crate::awq::Prepared::new(&model.decoder, options)?;
+    let fingerprint = fingerprint(options, calibration, target, &prepared.inputs)?;
     let mut writer = Writer::create(
         target.out,
         WriteOptions {
@@ -65,7 +72,7 @@ pub fn run(
             inputs: vec![model.checkpoint.path().to_path_buf()],
         },
     )?;
-    let walk = Walk { model, plan, options, calibration };
+    let walk = Walk { model, plan, options, calibration, inputs: &prepared.inputs };
     if writer.sealed().is_empty() {
         // Sealed together with the first block: a job that fails before that leaves nothing behind
         // that a corrected command would have to get past.
@@ -85,7 +92,7 @@ pub fn run(
     // The residual stream may use half of the budget, the branch between two stages the rest.
     let mut resid = Activations::new(batches, budget / 2, &scratch);
     let mut branch = Activations::new(batches, budget / 2, &scratch);
-    let calibrates = options.method.calibrates();
+    let calibrates = options.calibrates();
     if calibrates && resumed_blocks < plan.blocks.len() {
         walk.enter(resumed_blocks, &scratch, &mut resid)?;
     }
@@ -102,17 +109,27 @@ pub fn run(
             scale_type: walk.scale_type(),
             resid: &mut resid,
             branch: &mut branch,
+            kept: BTreeMap::new(),
             quantized: BTreeMap::new(),
             results: Vec::new(),
             warnings: Vec::new(),
         };
+        job.check_finite()?;
+        let mut search = None;
         match options.method {
             Method::Rtn => crate::rtn::quantize_block(&mut job)?,
             Method::Gptq => crate::gptq::quantize_block(&mut job, &options.gptq)?,
-            Method::Awq => crate::awq::quantize_block(&mut job, &options.awq)?,
+            Method::Awq => {
+                let found = crate::awq::quantize_block(&mut job, options, &prepared)?;
+                if options.awq.save_search {
+                    let (record, file, bytes) = found.record(index)?;
+                    writer.put_file(&file, &bytes)?;
+                    search = Some(record);
+                }
+            }
         }
         walk.write_block(&mut writer, &job)?;
-        let note = BlockNote { layers: job.results, warnings: job.warnings };
+        let note = BlockNote { layers: job.results, warnings: job.warnings, search };
         for warning in &note.warnings {
             report::warn(warning);
         }
@@ -127,10 +144,15 @@ pub fn run(
         done.push(note);
         progress.inc(1);
     }
-    let (mut layers, mut warnings) = (Vec::new(), Vec::new());
+    let (mut layers, mut warnings, mut searches) = (Vec::new(), Vec::new(), Vec::new());
     for note in done {
         layers.extend(note.layers);
         warnings.extend(note.warnings);
+        searches.extend(note.search);
+    }
+    if !searches.is_empty() {
+        let contents = crate::awq::search_contents(&options.grid, searches)?;
+        writer.put_json(crate::awq::SEARCH_FILE, &contents)?;
     }
     walk.write_companions(&mut writer, target, &layers)?;
     drop((resid, branch));
@@ -144,6 +166,9 @@ pub fn run(
 struct BlockNote {
     layers: Vec<LayerResult>,
     warnings: Vec<String>,
+    /// What AWQ's search found, when it is to be kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    search: Option<crate::awq::BlockRecord>,
 }
 
 /// A job's identity: an interrupted job may only be resumed under the same one.
@@ -151,6 +176,7 @@ fn fingerprint(
     options: &QuantizeOptions,
     calibration: &Calibration,
     target: &Target<'_>,
+    inputs: &serde_json::Value,
 ) -> Result<String> {
     // Where activations spill changes no byte of the output.
     let options = QuantizeOptions { memory: Default::default(), ..options.clone() };
@@ -159,6 +185,7 @@ fn fingerprint(
         "options": options,
         "calibration_tokens": calibration.ids(),
         "provenance": target.provenance,
+        "inputs": inputs,
     });
     serde_json::to_string(&value)
         .map_err(|e| Error::Options(format!("the options cannot be written: {e}")))
@@ -180,6 +207,8 @@ struct Walk<'a> {
     plan: &'a Plan,
     options: &'a QuantizeOptions,
     calibration: &'a Calibration,
+    /// Hashes of the files that the method's options name.
+    inputs: &'a serde_json::Value,
 }
 
 impl Walk<'_> {
@@ -393,21 +422,22 @@ impl Walk<'_> {
             writer.carry(directory, &own)?;
         }
         writer.put_json("config.json", &config)?;
-        let layers = serde_json::to_value(layers).unwrap_or_default();
-        writer.put_json(
-            "strata.json",
-            &serde_json::json!({
-                "strata": env!("CARGO_PKG_VERSION"),
-                "job": "quantize",
-                "options": self.options,
-                "calibration": {
-                    "windows": self.calibration.windows(),
-                    "length": self.calibration.length(),
-                },
-                "provenance": target.provenance,
-                "layers": layers,
-            }),
-        )?;
+        let mut record = serde_json::json!({
+            "strata": env!("CARGO_PKG_VERSION"),
+            "job": "quantize",
+            "options": self.options,
+            "calibration": {
+                "windows": self.calibration.windows(),
+                "length": self.calibration.length(),
+            },
+            "provenance": target.provenance,
+            "inputs": self.inputs,
+            "layers": serde_json::to_value(layers).unwrap_or_default(),
+        });
+        if let Some(object) = record.as_object_mut().filter(|_| self.inputs.is_null()) {
+            object.shift_remove("inputs");
+        }
+        writer.put_json("strata.json", &record)?;
         Ok(())
     }
 
@@ -432,10 +462,10 @@ impl Walk<'_> {
             _ => None,
         };
         let gptq = &self.options.gptq;
-        let act_order = self.options.method == Method::Gptq && gptq.act_order;
+        let by_gptq = self.options.rounds_by_gptq();
         let mut config = QuantConfig::new(layout, grid.bits, group, grid.symmetric);
-        config.desc_act = act_order;
-        config.static_groups = self.options.method == Method::Gptq && gptq.static_groups;
+        config.desc_act = by_gptq && gptq.act_order;
+        config.static_groups = by_gptq && gptq.static_groups;
         config.damping = gptq.damping;
         config.ignore = ignored.to_vec();
         for layer in self.plan.layers() {

@@ -96,21 +96,7 @@ impl QuantizeJob {
     }
 
     fn stream(&self, model: &Model, plan: &Plan) -> Result<Outcome> {
-        let calibration = compress::calibration::windows(
-            &self.options.calibration,
-            self.options.method,
-            || Ok(Tokenizer::from_checkpoint(&model.checkpoint)?),
-            || {
-                let known = crate::measure::almanac_of(model.checkpoint.directory());
-                if known.is_none() {
-                    report::warn(
-                        "no --calibration file: using the embedded almanac, which is not the \
-                         text this model was trained on",
-                    );
-                }
-                Ok(known.unwrap_or_else(Almanac::embedded).documents(Split::Validation))
-            },
-        )?;
+        let calibration = self.calibration(model)?;
         let progress = report::Progress::new(
             &format!("quantize ({})", self.options.method.slug()),
             plan.blocks.len() as u64,
@@ -131,6 +117,28 @@ impl QuantizeJob {
             ));
         }
         Ok(outcome)
+    }
+
+    /// The calibration windows, if the job looks at activations.
+    fn calibration(&self, model: &Model) -> Result<compress::Calibration> {
+        if !self.options.calibrates() {
+            return Ok(compress::Calibration::none());
+        }
+        Ok(compress::calibration::windows(
+            &self.options.calibration,
+            self.options.method,
+            || Ok(Tokenizer::from_checkpoint(&model.checkpoint)?),
+            || {
+                let known = crate::measure::almanac_of(model.checkpoint.directory());
+                if known.is_none() {
+                    report::warn(
+                        "no --calibration file: using the embedded almanac, which is not the \
+                         text this model was trained on",
+                    );
+                }
+                Ok(known.unwrap_or_else(Almanac::embedded).documents(Split::Validation))
+            },
+        )?)
     }
 
     /// Where the input comes from: its name, the hashes of its small files, size and name of its

@@ -1,6 +1,6 @@
 //! Times the forward pass and the training step of two Llama shapes on random tokens.
 //!
-//! `cargo run --release -p strata-train --example bench_step [almanac|llama15m]`
+//! `cargo run --release -p strata-train --example bench_step -- [almanac|llama15m] [--json]`
 
 use serde_json::{Value, json};
 use std::time::Instant;
@@ -45,13 +45,19 @@ fn llama(
     })
 }
 
-fn peak_memory() -> String {
+/// Peak resident memory of this process.
+fn peak_kilobytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find(|l| l.starts_with("VmHWM")).unwrap_or("VmHWM: unknown");
-    line.split_whitespace().skip(1).collect::<Vec<_>>().join(" ")
+    let line = status.lines().find(|l| l.starts_with("VmHWM")).unwrap_or_default();
+    line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).unwrap_or(0)
 }
 
-fn measure(shape: &Shape) -> Result<(), Box<dyn std::error::Error>> {
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+fn measure(shape: &Shape, json: bool) -> Result<(), Box<dyn std::error::Error>> {
     let decoder = nn::Decoder::from_config(&shape.model)?;
     let mut params = Params::random(&decoder, 0)?;
     let config: TrainConfig = serde_json::from_value(json!({
@@ -70,38 +76,47 @@ fn measure(shape: &Shape) -> Result<(), Box<dyn std::error::Error>> {
     };
     let batches = [batch];
     let count = (shape.rows * shape.length) as f64;
-    let mut forward = f64::MAX;
-    for _ in 0..4 {
+    let mut forward = Vec::new();
+    for _ in 0..8 {
         let start = Instant::now();
-        loss::evaluate(&decoder, &params.constants(), &batches)?;
-        forward = forward.min(start.elapsed().as_secs_f64());
+        // The same work as the peer: all logits, no loss.
+        let mut context = nn::Context::new(nn::Batch::new(shape.rows, shape.length));
+        let weights = params.constants();
+        decoder.logits(&weights, &batches[0].tokens, &mut context, &mut nn::Taps::none())?;
+        forward.push(start.elapsed().as_secs_f64());
     }
-    let (mut best, mut gradient, mut sum) = (f64::MAX, f64::MAX, 0.0);
+    let (mut step_times, mut gradient) = (Vec::new(), Vec::new());
     let steps = 8;
     for index in 0..steps {
         let start = Instant::now();
         let mut grads = Grads::new();
         loss::gradients(&decoder, &params, &batches, &mut grads)?;
-        gradient = gradient.min(start.elapsed().as_secs_f64());
+        gradient.push(start.elapsed().as_secs_f64());
         let step = Step { index, total: steps, learning_rate: 1e-3 };
         chain.update(&step, &mut params, &mut grads)?;
-        let seconds = start.elapsed().as_secs_f64();
-        best = best.min(seconds);
-        sum += seconds;
+        step_times.push(start.elapsed().as_secs_f64());
+    }
+    let (forward, gradient, step) = (median(forward), median(gradient), median(step_times));
+    if json {
+        let megabytes = peak_kilobytes() as f64 / 1024.0;
+        println!(
+            "{}",
+            json!({"forward_ms": 1e3 * forward, "step_ms": 1e3 * step, "peak_mb": megabytes})
+        );
+        return Ok(());
     }
     println!(
-        "{}: {} parameters, batch {} x {}: forward {:.0} ms, forward+backward {:.0} ms, step {:.0} ms \
-         (mean {:.0}), {:.0} tokens/s, peak {}",
+        "{}: {} parameters, batch {} x {}: forward {:.0} ms, forward+backward {:.0} ms, \
+         step {:.0} ms, {:.0} tokens/s, peak {} MB (medians)",
         shape.name,
         params.count(),
         shape.rows,
         shape.length,
         forward * 1e3,
         gradient * 1e3,
-        best * 1e3,
-        sum / steps as f64 * 1e3,
-        count / best,
-        peak_memory(),
+        step * 1e3,
+        count / step,
+        peak_kilobytes() / 1024,
     );
     Ok(())
 }
@@ -110,14 +125,16 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if std::env::var_os("STRATA_PLAIN_MALLOC").is_none() {
         keep_memory();
     }
-    let wanted = std::env::args().nth(1);
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let json = arguments.iter().any(|a| a == "--json");
+    let wanted = arguments.iter().find(|a| !a.starts_with('-')).cloned();
     let shapes = [
         Shape { name: "almanac", model: llama(256, 640, 4, 4, 2, 2048), rows: 16, length: 256 },
         Shape { name: "llama15m", model: llama(288, 768, 6, 6, 2, 32000), rows: 4, length: 256 },
     ];
     for shape in &shapes {
         if wanted.as_deref().is_none_or(|w| w == shape.name) {
-            measure(shape)?;
+            measure(shape, json)?;
         }
     }
     Ok(())

@@ -2,21 +2,25 @@
 //!
 //! Every block sees full-precision inputs: errors of earlier blocks are not propagated (as in the
 //! reference, and unlike GPTQ). All mappings are searched on the original weights, then applied
-//! together.
+//! together. When GPTQ rounds, a block is searched on the activations that enter it, which the
+//! quantised blocks before it produced, and GPTQ goes on from the same ones.
 
+use super::mappings::Chosen;
+use super::stored::{BlockSearch, Fold, Limits, Prepared};
 use super::{
-    AwqOptions, Candidate, GqaFold, Objective, Search, apply_clip, best, candidates, fits_half,
-    linear_losses, scaled_fake_quantize, search_clip, tie_repeats, weight_mean,
+    AwqOptions, Candidate, GqaFold, KeepBy, Objective, Rounding, Search, apply_clip, best,
+    candidates, column_norms, fits_half, largest_channels, linear_losses, scaled_fake_quantize,
+    search_clip, tie_repeats, weight_mean,
 };
 use crate::block::{BlockJob, INPUT_POINTS};
 use crate::grid::{Grid, GridOptions, Matrix, effective_group};
-use crate::rtn;
+use crate::options::QuantizeOptions;
 use crate::statistics::{InputStatistics, Statistics, TokenSample, Wanted};
-use crate::{Error, Result};
+use crate::{Error, Result, gptq, rtn};
 use nn::{Context, Inspect, Leaf, Mapping, Name, Overlay, Prev, Stage, Taps};
 use std::collections::{BTreeMap, HashMap};
 use store::packed::QuantizedMatrix;
-use tensor::host;
+use tensor::{Rng, host};
 
 /// A mapping that will be searched, with its layers' weights and grid.
 struct SearchTask {
@@ -27,82 +31,147 @@ struct SearchTask {
     candidates: Vec<Candidate>,
 }
 
-/// What the search found for a mapping.
-struct Found {
-    ratio: Option<f64>,
-    scales: Vec<f32>,
-    loss: f64,
-    rounding_loss: f64,
-}
-
-/// Quantises one block; the calibration activations leave it in full precision.
-pub fn quantize_block(job: &mut BlockJob<'_>, options: &AwqOptions) -> Result<()> {
-    let mappings = searchable(job, options);
-    let inputs = collect(job, &mappings, options)?;
-    let tasks: Vec<SearchTask> = mappings
-        .into_iter()
-        .map(|mapping| task(job, mapping, &inputs, options))
-        .collect::<Result<_>>()?;
-    let found = search(job, &tasks, &inputs, options)?;
-    let scales = fold(job, &tasks, &found)?;
+/// Quantises one block and returns what the search found. Unless GPTQ rounds, the calibration
+/// activations leave the block in full precision.
+pub fn quantize_block(
+    job: &mut BlockJob<'_>,
+    options: &QuantizeOptions,
+    prepared: &Prepared,
+) -> Result<BlockSearch> {
+    let awq = &options.awq;
+    let mut inputs = Default::default();
+    let mut found = match prepared.stored(job, awq)? {
+        Some(stored) => stored,
+        None => {
+            let chosen = searchable(job, awq, prepared)?;
+            inputs = collect(job, &chosen, awq)?;
+            let tasks: Vec<SearchTask> = chosen
+                .into_iter()
+                .map(|chosen| task(job, chosen, &inputs, awq))
+                .collect::<Result<_>>()?;
+            BlockSearch { folds: search(job, tasks, &inputs, awq)?, clips: BTreeMap::new() }
+        }
+    };
+    keep_channels(job, &inputs, options)?;
+    for fold in &found.folds {
+        fold_mapping(job, &fold.mapping, &fold.scales)?;
+    }
+    let notes = notes(&found.folds);
+    if awq.rounding == Rounding::Gptq {
+        gptq::quantize_block(job, &options.gptq)?;
+        for result in &mut job.results {
+            result.details.extend(notes.get(&result.module).cloned().unwrap_or_default());
+        }
+        return Ok(found);
+    }
     // From here on the block's activations may move on: the working copy still computes the
     // original function, because folding does not change it.
-    for stage in Stage::ALL {
-        job.run_stage(stage, &mut Taps::none())?;
-    }
-    let notes = notes(&tasks, &found);
-    for (set, layers) in job.sets.iter().enumerate() {
-        let sample = inputs[set].sample.as_ref();
-        for layer in layers {
-            let Some(grid_options) = &layer.grid else { continue };
-            let scale = scales.get(&layer.name.module);
-            finish_layer(job, &layer.name, grid_options, sample, scale, &notes, options)?;
+    if options.calibrates() {
+        for stage in Stage::ALL {
+            job.run_stage(stage, &mut Taps::none())?;
         }
     }
-    Ok(())
+    let scales: HashMap<&str, &[f32]> = found
+        .folds
+        .iter()
+        .flat_map(|fold| fold.mapping.layers.iter().map(|l| (l.module.as_str(), &fold.scales[..])))
+        .collect();
+    for (set, layers) in job.sets.iter().enumerate() {
+        for layer in layers {
+            let Some(grid_options) = &layer.grid else { continue };
+            let module = &layer.name.module;
+            let sample = inputs[set].sample.as_ref().map(|sample| match scales.get(&**module) {
+                Some(scales) => sample.divided(scales),
+                None => sample.clone(),
+            });
+            let details = notes.get(module).cloned().unwrap_or_default();
+            let stored = found.clips.get(module);
+            let new = finish_layer(job, &layer.name, grid_options, (sample, stored), details, awq)?;
+            found.clips.extend(new.map(|limits| (module.clone(), limits)));
+        }
+    }
+    Ok(found)
 }
 
 /// The mappings of the block that can be scaled: all their layers are to be quantised, and what
 /// absorbs the scale may be changed.
-fn searchable(job: &mut BlockJob<'_>, options: &AwqOptions) -> Vec<Mapping> {
+fn searchable(
+    job: &BlockJob<'_>,
+    options: &AwqOptions,
+    prepared: &Prepared,
+) -> Result<Vec<Chosen>> {
     if options.no_scale {
-        return Vec::new();
+        return Ok(Vec::new());
     }
+    let mut chosen = match &prepared.mappings {
+        Some(file) => file.choose(job.decoder, job.index, options)?,
+        None => {
+            let fold = options.gqa_fold;
+            let table = job.decoder.mappings(job.index).into_iter();
+            table.map(|mapping| Chosen { mapping, fold }).collect()
+        }
+    };
     let planned = |name: &Name| {
         job.sets.iter().flatten().any(|l| l.grid.is_some() && l.name.module == name.module)
     };
-    let mut keep = Vec::new();
-    for mapping in job.decoder.mappings(job.index) {
-        let usable = mapping.layers.iter().all(&planned)
+    chosen.retain(|Chosen { mapping, fold }| {
+        mapping.layers.iter().all(&planned)
             && match &mapping.prev {
                 Prev::Norm(_) => true,
                 Prev::Linear { name, grouped, .. } => {
-                    planned(name) && (!grouped || options.gqa_fold != GqaFold::None)
+                    planned(name) && (!grouped || *fold != GqaFold::None)
                 }
                 Prev::Activation => false,
+            }
+    });
+    Ok(chosen)
+}
+
+/// Chooses the input channels of every layer that stay out of rounding.
+fn keep_channels(
+    job: &mut BlockJob<'_>,
+    inputs: &[InputStatistics; 4],
+    options: &QuantizeOptions,
+) -> Result<()> {
+    let Some(percent) = options.awq.keep_channels else { return Ok(()) };
+    let mut rng = Rng::stream(options.calibration.seed, &format!("kept channels {}", job.index));
+    for (set, layers) in job.sets.iter().enumerate() {
+        for layer in layers.iter().filter(|layer| layer.grid.is_some()) {
+            let scores = match (options.awq.keep_by, &inputs[set].absolute_mean) {
+                (KeepBy::Activation, Some(mean)) => mean.mean(),
+                (KeepBy::Activation, None) => {
+                    let reason = "no calibration token reached this layer";
+                    return Err(Error::layer(&layer.name.module, reason));
+                }
+                (KeepBy::Weight, _) => column_norms(&job.matrix(&layer.name)?),
+                (KeepBy::Random, _) => {
+                    (0..layer.name.in_features()).map(|_| rng.uniform() as f32).collect()
+                }
             };
-        if usable {
-            keep.push(mapping);
+            let kept = largest_channels(&scores, percent / 100.0);
+            job.kept.insert(layer.name.module.clone(), kept);
         }
     }
-    keep
+    Ok(())
 }
 
 /// Runs the block once in full precision and collects, for every set of linears, what the searches
 /// need. The residual stream stays at the block's input.
 fn collect(
     job: &mut BlockJob<'_>,
-    mappings: &[Mapping],
+    chosen: &[Chosen],
     options: &AwqOptions,
 ) -> Result<[InputStatistics; 4]> {
     let total = job.calibration.tokens();
+    let ranked = options.keep_channels.is_some() && options.keep_by == KeepBy::Activation;
     let mut statistics = Statistics::new((0..4).map(|set| {
-        let mapping = mappings.iter().find(|m| m.set == set);
-        let gram = mapping.is_some_and(|m| judged_by_gram(m, options));
+        let mapping = chosen.iter().map(|c| &c.mapping).find(|m| m.set == set);
         let wanted = Wanted {
-            gram,
-            absolute_mean: mapping.is_some(),
-            sample: Some((total, options.clip_tokens.max(1))),
+            gram: mapping.is_some_and(|m| judged_by_gram(m, options)),
+            absolute_mean: mapping.is_some() || ranked,
+            // GPTQ collects what it needs itself.
+            sample: (options.rounding == Rounding::Rtn)
+                .then_some((total, options.clip_tokens.max(1))),
         };
         (INPUT_POINTS[set], wanted)
     }));
@@ -145,7 +214,7 @@ fn judged_by_gram(mapping: &Mapping, options: &AwqOptions) -> bool {
 
 fn task(
     job: &BlockJob<'_>,
-    mapping: Mapping,
+    Chosen { mapping, fold }: Chosen,
     inputs: &[InputStatistics; 4],
     options: &AwqOptions,
 ) -> Result<SearchTask> {
@@ -172,7 +241,7 @@ fn task(
     let grouped = matches!(&mapping.prev, Prev::Linear { grouped: true, .. });
     let candidates = candidates(&x_mean, w_mean.as_deref(), options, |scales| {
         if grouped {
-            tie_repeats(scales, kv_heads, head_dim, options.gqa_fold);
+            tie_repeats(scales, kv_heads, head_dim, fold);
         }
     });
     Ok(SearchTask { mapping, matrices, grid, group_size, candidates })
@@ -181,12 +250,12 @@ fn task(
 /// Losses of all candidates of all mappings, and the best of each.
 fn search(
     job: &mut BlockJob<'_>,
-    tasks: &[SearchTask],
+    tasks: Vec<SearchTask>,
     inputs: &[InputStatistics; 4],
     options: &AwqOptions,
-) -> Result<Vec<Found>> {
+) -> Result<Vec<Fold>> {
     let mut losses: Vec<Vec<f64>> = Vec::with_capacity(tasks.len());
-    for task in tasks {
+    for task in &tasks {
         let gram = inputs[task.mapping.set].gram.as_ref();
         losses.push(match gram {
             Some(gram) if judged_by_gram(&task.mapping, options) => {
@@ -200,19 +269,22 @@ fn search(
     let by_tokens: Vec<usize> =
         (0..tasks.len()).filter(|&t| !judged_by_gram(&tasks[t].mapping, options)).collect();
     if !by_tokens.is_empty() {
-        token_losses(job, tasks, &by_tokens, &mut losses)?;
+        token_losses(job, &tasks, &by_tokens, &mut losses)?;
     }
     tasks
-        .iter()
+        .into_iter()
         .zip(losses)
-        .map(|(task, losses)| {
-            let chosen = best(&task.mapping.layers[0].module, &losses)?;
-            Ok(Found {
-                ratio: task.candidates[chosen].ratio,
-                scales: task.candidates[chosen].scales.clone(),
-                loss: losses[chosen],
-                rounding_loss: losses[0],
-            })
+        .map(|(mut task, losses)| {
+            let module = &task.mapping.layers[0].module;
+            // A fixed scale stands whatever its loss, as long as there is one.
+            let chosen = match options.fixed_scale {
+                Some(_) => losses.len() - 1,
+                None => 0,
+            };
+            let chosen = chosen + best(module, &losses[chosen..])?;
+            let Candidate { ratio, scales } = task.candidates.swap_remove(chosen);
+            let (search_loss, rounding_loss) = (losses[chosen], losses[0]);
+            Ok(Fold { mapping: task.mapping, scales, ratio, search_loss, rounding_loss })
         })
         .collect()
 }
@@ -226,11 +298,12 @@ fn token_losses(
     losses: &mut [Vec<f64>],
 ) -> Result<()> {
     let elements = (job.calibration.tokens() * job.decoder.config.hidden_size) as f64;
+    let sets = which.iter().map(|&t| tasks[t].mapping.set + 1).max().unwrap_or_default();
     for batch in 0..job.calibration.batches() {
         let geometry = job.calibration.batch(batch).1;
         let mut context = Context::new(geometry);
         let mut state = nn::BlockState::new(job.tensor(job.resid.get(batch)?, geometry.rows()));
-        for (set, stage) in crate::block::INPUT_STAGES.iter().enumerate().take(3) {
+        for (set, stage) in crate::block::INPUT_STAGES.iter().enumerate().take(sets) {
             let (decoder, index) = (job.decoder, job.index);
             let mut taps = Taps::none();
             state = decoder.stage(index, *stage, &job.weights, state, &mut context, &mut taps)?;
@@ -238,11 +311,19 @@ fn token_losses(
                 let task = &tasks[t];
                 let inspect = |weights: &dyn nn::Weights| -> Result<Vec<f32>> {
                     let x = state.x.clone();
+                    let mut context = Context::new(geometry);
                     let y = match task.mapping.inspect {
-                        Inspect::Attention => {
-                            decoder.attention(index, weights, x, &mut Context::new(geometry))?
+                        Inspect::Attention => decoder.attention(index, weights, x, &mut context)?,
+                        Inspect::Mlp => decoder.mlp(index, weights, x, &geometry)?,
+                        Inspect::Linear | Inspect::Block => {
+                            let mut state = state.clone();
+                            for stage in Stage::ALL.into_iter().skip(set + 1) {
+                                let (context, taps) = (&mut context, &mut Taps::none());
+                                state =
+                                    decoder.stage(index, stage, weights, state, context, taps)?;
+                            }
+                            state.resid
                         }
-                        _ => decoder.mlp(index, weights, x, &geometry)?,
                     };
                     Ok(host::into_vec(y))
                 };
@@ -281,22 +362,6 @@ fn squared_distance(a: &[f32], b: &[f32]) -> f64 {
         .map(|(a, b)| a.iter().zip(b).map(|(a, b)| f64::from(a - b) * f64::from(a - b)).sum())
         .collect();
     parts.iter().sum()
-}
-
-/// Folds the found scales into the working copy; returns the input scale of every scaled layer.
-fn fold(
-    job: &mut BlockJob<'_>,
-    tasks: &[SearchTask],
-    found: &[Found],
-) -> Result<HashMap<String, Vec<f32>>> {
-    let mut scales = HashMap::new();
-    for (task, found) in tasks.iter().zip(found) {
-        fold_mapping(job, &task.mapping, &found.scales)?;
-        for name in &task.mapping.layers {
-            scales.insert(name.module.clone(), found.scales.clone());
-        }
-    }
-    Ok(scales)
 }
 
 /// Divides what produces the input by `scales` and multiplies the columns that read it: the
@@ -353,20 +418,20 @@ pub(crate) fn fold_mapping(
     Ok(())
 }
 
+/// What the search says about a layer.
+type Details = BTreeMap<String, serde_json::Value>;
+
 /// What the search says about every layer of a mapping.
-fn notes(
-    tasks: &[SearchTask],
-    found: &[Found],
-) -> HashMap<String, BTreeMap<String, serde_json::Value>> {
+fn notes(folds: &[Fold]) -> HashMap<String, Details> {
     let mut notes = HashMap::new();
-    for (task, found) in tasks.iter().zip(found) {
-        for name in &task.mapping.layers {
+    for fold in folds {
+        for name in &fold.mapping.layers {
             notes.insert(
                 name.module.clone(),
                 BTreeMap::from([
-                    ("ratio".to_string(), serde_json::json!(found.ratio)),
-                    ("search_loss".to_string(), found.loss.into()),
-                    ("rounding_loss".to_string(), found.rounding_loss.into()),
+                    ("ratio".to_string(), serde_json::json!(fold.ratio)),
+                    ("search_loss".to_string(), fold.search_loss.into()),
+                    ("rounding_loss".to_string(), fold.rounding_loss.into()),
                 ]),
             );
         }
@@ -374,35 +439,35 @@ fn notes(
     notes
 }
 
-/// Clips and rounds one layer of the folded block.
+/// Clips and rounds one layer of the folded block, by `stored` limits or by those that a search on
+/// `sample` finds; returns the latter.
 fn finish_layer(
     job: &mut BlockJob<'_>,
     name: &Name,
     grid_options: &GridOptions,
-    sample: Option<&TokenSample>,
-    scales: Option<&Vec<f32>>,
-    notes: &HashMap<String, BTreeMap<String, serde_json::Value>>,
+    (sample, stored): (Option<TokenSample>, Option<&Limits>),
+    mut details: Details,
     options: &AwqOptions,
-) -> Result<()> {
+) -> Result<Option<Limits>> {
     let matrix = job.matrix(name)?;
     let grid = job.grid(grid_options)?;
     let group_size = effective_group(grid_options, name.in_features());
-    let sample = sample.map(|sample| match scales {
-        Some(scales) => sample.divided(scales),
-        None => sample.clone(),
-    });
-    let mut details = notes.get(&name.module).cloned().unwrap_or_default();
     let mut clipped = matrix.clone();
+    let mut found = None;
     // Query and key interact through their product, so clipping one alone is no improvement.
     let clippable = !matches!(name.role, nn::Role::Query | nn::Role::Key | nn::Role::QueryKeyValue);
-    if let Some(sample) = &sample
+    if let Some(limits) = stored {
+        apply_clip(&mut clipped, &limits.values, group_size);
+    } else if let Some(sample) = &sample
         && clippable
-        && !options.no_clip
+        && options.clips()
     {
         let clip = search_clip(&matrix, sample, &grid, group_size);
-        apply_clip(&mut clipped, &clip, group_size);
+        apply_clip(&mut clipped, &clip.limits, group_size);
         details.insert("clip_histogram".into(), serde_json::json!(clip.histogram));
+        found = Some(Limits { group_size, rows: matrix.out_features, values: clip.limits });
     }
     let quantized: QuantizedMatrix = rtn::quantize(&clipped, &grid, grid_options);
-    job.hand_in(name, grid_options, &matrix, quantized, sample.as_ref(), details)
+    job.hand_in(name, grid_options, &matrix, quantized, sample.as_ref(), details)?;
+    Ok(found)
 }

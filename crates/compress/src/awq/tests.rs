@@ -135,7 +135,7 @@ fn clip_finds_the_smallest_error_of_every_group() {
         }
     }
     let mut clipped = matrix.clone();
-    apply_clip(&mut clipped, &clip, 8);
+    apply_clip(&mut clipped, &clip.limits, 8);
     for (i, w) in clipped.values.iter().enumerate() {
         assert!(w.abs() <= clip.limits[i / 16 * 2 + i % 16 / 8]);
     }
@@ -158,4 +158,45 @@ fn overflowing_scales_are_rejected() {
     assert!(fits_half(&matrix, &[1.0, 1.0]));
     assert!(!fits_half(&matrix, &[2.0, 1.0]));
     assert!(best("blk.o_proj", &[f64::NAN, f64::INFINITY]).is_err());
+}
+
+#[test]
+fn fixed_scale_marks_the_largest_activations() {
+    let options = AwqOptions { fixed_scale: Some(2.0), ..Default::default() };
+    let all = candidates(&[1.0, 9.0, 0.6, 2.0], None, &options, |_| {});
+    assert_eq!(all.len(), 2);
+    assert_eq!(all[0].scales, [1.0; 4]);
+    assert_eq!(all[1].scales, [1.0, 2.0, 1.0, 1.0]);
+    // 1 % of 200 channels are two; of equal ones the first count.
+    let mut x_mean = vec![1.0; 200];
+    x_mean[150] = 3.0;
+    let all = candidates(&x_mean, None, &options, |_| {});
+    let scaled: Vec<usize> = (0..200).filter(|&c| all[1].scales[c] == 2.0).collect();
+    assert_eq!(scaled, [0, 150]);
+}
+
+#[test]
+fn scores_of_channels_by_hand() {
+    let matrix = Matrix::new(2, 3, vec![3.0, 0.0, -1.0, 4.0, 2.0, 1.0]).unwrap();
+    assert_eq!(column_norms(&matrix), [5.0, 2.0, 2f32.sqrt()]);
+    assert_eq!(largest_channels(&[0.5, 2.0, 2.0, 1.0], 0.5), [1, 2]);
+    assert_eq!(largest_channels(&[0.5, 2.0, 2.0, 1.0], 0.01), [1]);
+    assert_eq!(largest_channels(&[0.5, 2.0, 2.0, 1.0], 1.0), [0, 1, 2, 3]);
+}
+
+#[test]
+fn contradictions_are_refused() {
+    let bad = |change: fn(&mut AwqOptions)| {
+        let mut options = AwqOptions::default();
+        change(&mut options);
+        options.check().unwrap_err().to_string()
+    };
+    assert!(bad(|o| o.fixed_scale = Some(0.0)).contains("positive"));
+    assert!(bad(|o| (o.fixed_scale, o.no_scale) = (Some(2.0), true)).contains("--no-scale"));
+    assert!(bad(|o| o.keep_channels = Some(101.0)).contains("(0, 100]"));
+    assert!(bad(|o| (o.keep_channels, o.rounding) = (Some(1.0), Rounding::Gptq)).contains("rtn"));
+    let applied = |o: &mut AwqOptions| {
+        (o.apply_search, o.keep_channels) = (Some("x".into()), Some(1.0));
+    };
+    assert!(bad(applied).contains("--keep-by"));
 }

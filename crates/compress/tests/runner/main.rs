@@ -1,0 +1,13 @@
+//! The streaming runner from checkpoint to checkpoint, on tiny random networks of every family:
+//! what it writes, that methods keep their contracts inside it, that nothing is lost, and what it
+//! refuses. The mathematics of the methods is tested beside it, in the crate.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod awq;
+mod common;
+mod durable;
+mod families;
+mod gptq;
+mod packed;
+mod refuse;
+mod survive;
