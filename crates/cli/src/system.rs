@@ -1,24 +1,6 @@
-//! What is set once per process: allocator thresholds, threads, the interrupt's exit code.
+//! What is set once per process: threads, the interrupt's exit code.
 
 use crate::failure::{Failure, Result};
-
-/// Keeps freed memory in the process. Training allocates and frees large tensors all the time;
-/// with the default thresholds of glibc each goes back to the kernel and comes again as page
-/// faults, which cost about a third of a training step.
-pub fn tune_allocator() {
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    {
-        const MIB: libc::c_int = 1 << 20;
-        for (parameter, value) in [
-            (libc::M_MMAP_THRESHOLD, 1024 * MIB),
-            (libc::M_TRIM_THRESHOLD, 1024 * MIB),
-            (libc::M_TOP_PAD, 64 * MIB),
-        ] {
-            // SAFETY: mallopt only sets parameters of the allocator; no other thread runs yet.
-            unsafe { libc::mallopt(parameter, value) };
-        }
-    }
-}
 
 /// An interrupt (Ctrl-C) ends the process with code 130. Nothing is cleaned up, and nothing has to
 /// be: outputs appear whole or not at all, and journals survive a kill.

@@ -152,8 +152,17 @@ pub struct Factor {
 impl Factor {
     /// Factorises the Hessian of `gram` (`[in, in]`).
     pub fn new(layer: &str, gram: &Gram, options: &GptqOptions) -> Result<Self> {
-        let width = gram.width();
-        let mut hessian = gram.hessian();
+        Self::of_hessian(layer, gram.hessian(), gram.width(), gram.tokens(), options)
+    }
+
+    /// As [`Factor::new`], from the Hessian itself: a large layer's is held once, not twice.
+    fn of_hessian(
+        layer: &str,
+        mut hessian: Vec<f64>,
+        width: usize,
+        tokens: usize,
+        options: &GptqOptions,
+    ) -> Result<Self> {
         if let Some(bad) = (0..width).find(|&i| !hessian[i * width + i].is_finite()) {
             return Err(Error::layer(
                 layer,
@@ -200,7 +209,7 @@ impl Factor {
                             "{error}; the Hessian of {width} inputs was made from {} tokens: use \
                              more or longer calibration samples, raise --damping, or pass \
                              --on-failure rtn",
-                            gram.tokens()
+                            tokens
                         ),
                     )
                 })?;
@@ -318,7 +327,9 @@ pub fn quantize_block(job: &mut BlockJob<'_>, options: &GptqOptions) -> Result<(
         let Some(gram) = collected.gram else {
             return Err(Error::layer(first, "no calibration token reached this layer"));
         };
-        let factor = match Factor::new(first, &gram, options) {
+        let (width, tokens) = (gram.width(), gram.tokens());
+        let hessian = gram.into_hessian();
+        let factor = match Factor::of_hessian(first, hessian, width, tokens, options) {
             Ok(factor) => Some(factor),
             Err(error) if options.on_failure == OnFailure::Rtn => {
                 job.warnings.push(format!("{error}; rounded to nearest instead"));
@@ -326,7 +337,6 @@ pub fn quantize_block(job: &mut BlockJob<'_>, options: &GptqOptions) -> Result<(
             }
             Err(error) => return Err(error),
         };
-        drop(gram);
         for (name, grid_options) in planned {
             let matrix = job.matrix(name)?;
             let grid = job.grid(grid_options)?;

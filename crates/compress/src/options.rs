@@ -106,13 +106,7 @@ pub struct Override {
 
 /// Everything that decides what a quantisation job writes.
 #[derive(
-    Debug,
-    Clone,
-    PartialEq,
-    serde::Serialize,
-    serde::Deserialize,
-    schemars::JsonSchema,
-    clap::Args,
+    Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize, schemars::JsonSchema, clap::Args,
 )]
 #[serde(default)]
 pub struct QuantizeOptions {

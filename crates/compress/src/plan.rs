@@ -61,7 +61,8 @@ impl Plan {
                 // Patterns usually name the end of a layer's name: compare with every end.
                 let bare = text.trim_matches(['*', '.']);
                 let ends = all.iter().flat_map(|name| {
-                    let tails = name.match_indices('.').filter_map(move |(at, _)| name.get(at + 1..));
+                    let tails =
+                        name.match_indices('.').filter_map(move |(at, _)| name.get(at + 1..));
                     std::iter::once(name.as_str()).chain(tails)
                 });
                 let near = method::nearest(bare, ends);

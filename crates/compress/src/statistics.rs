@@ -49,8 +49,14 @@ impl Gram {
 
     /// GPTQ's Hessian `2 XᵀX / tokens`, `[width, width]` row-major.
     pub fn hessian(&self) -> Vec<f64> {
+        self.clone().into_hessian()
+    }
+
+    /// As [`Gram::hessian`], without a copy.
+    pub fn into_hessian(self) -> Vec<f64> {
         let factor = 2.0 / self.tokens().max(1) as f64;
-        let mut hessian = self.full();
+        let mut hessian = self.upper;
+        mirror_upper(&mut hessian, self.width);
         hessian.iter_mut().for_each(|h| *h *= factor);
         hessian
     }

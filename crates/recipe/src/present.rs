@@ -50,10 +50,7 @@ pub fn quantize(
     if let Some(m) = measures {
         report.fact(
             "perplexity",
-            format!(
-                "{:.4} → {:.4}",
-                m.before.perplexity.perplexity, m.after.perplexity.perplexity
-            ),
+            format!("{:.4} → {:.4}", m.before.perplexity.perplexity, m.after.perplexity.perplexity),
         );
         report.fact("same next token", human::percent(m.distance.agreement));
     }

@@ -49,7 +49,10 @@ fn output_is_the_same_network_on_the_grid() {
                     for group in values.chunks(16) {
                         let distinct: BTreeSet<u32> =
                             group.iter().map(|w| (w + 0.0).to_bits()).collect();
-                        assert!(distinct.len() <= 1 << BITS, "{case}: {name}, row {row}: {group:?}");
+                        assert!(
+                            distinct.len() <= 1 << BITS,
+                            "{case}: {name}, row {row}: {group:?}"
+                        );
                     }
                 }
             }

@@ -53,9 +53,15 @@ fn by_hand(
             for name in names {
                 let values = host::into_vec(nn::Weights::matrix(&weights, name).unwrap());
                 let dense = Matrix::new(name.out_features(), name.in_features(), values).unwrap();
-                let result =
-                    gptq::quantize("by hand", &dense, &factor, &rules, &options.grid, &options.gptq)
-                        .unwrap();
+                let result = gptq::quantize(
+                    "by hand",
+                    &dense,
+                    &factor,
+                    &rules,
+                    &options.grid,
+                    &options.gptq,
+                )
+                .unwrap();
                 let values = result.matrix.dequantize();
                 let device = nn::Weights::device(&weights);
                 weights

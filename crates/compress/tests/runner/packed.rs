@@ -5,7 +5,7 @@ use nn::{Family, Model};
 use serde_json::json;
 use store::Dtype;
 use strata_compress::options::Override;
-use strata_compress::{Format, QuantizeOptions};
+use strata_compress::{Format, Method, QuantizeOptions};
 
 /// The weights agree bit for bit. In AWQ and GPTQ files what is not quantised is in half precision
 /// (2^-11 per number), compressed-tensors keeps it.
@@ -22,7 +22,7 @@ fn packed_networks_compute_what_their_twins_compute() {
             let reference = logits(&twin);
             let twin = Model::open(&twin).unwrap();
             for (format, tolerance) in
-                [(Format::CompressedTensors, 1e-4), (Format::Awq, 1e-2), (Format::GptqV2, 1e-2)]
+                [(Format::CompressedTensors, 1e-4), (Format::Awq, 4e-3), (Format::GptqV2, 4e-3)]
             {
                 let case = format!("{case}, {} as {format:?}", method.slug());
                 let out = scratch.path(&format!("{}-{format:?}", method.slug()));
@@ -41,7 +41,6 @@ fn packed_networks_compute_what_their_twins_compute() {
                     }
                 }
                 let apart = distance(&logits(&out), &reference);
-                println!("{case}: {apart}");
                 assert!(apart < tolerance, "{case}: logits moved by {apart}");
             }
         }
@@ -73,7 +72,8 @@ fn mixed_grids_come_back() {
                 ..options(method, format, 4)
             };
             let case = format!("{family:?}, {}", method.slug());
-            let (out, twin) = (scratch.path(&format!("{case}.a")), scratch.path(&format!("{case}.b")));
+            let (out, twin) =
+                (scratch.path(&format!("{case}.a")), scratch.path(&format!("{case}.b")));
             let outcome = quantize(&input, &out, &mixed(Format::CompressedTensors), &calibration);
             quantize(&input, &twin, &mixed(Format::Dequantized), &calibration);
             let found: Vec<(usize, &str, u8, usize)> = outcome
@@ -130,11 +130,26 @@ fn bfloat16_models() {
             assert_eq!(checkpoint.info(&name).unwrap().dtype, dtype, "{method:?}, {format:?}");
             logits(&out);
         }
-        // The same codes and scales, up to the rounding of what the two formats store.
-        let apart = distance(
-            &logits(&scratch.path(&format!("{}-CompressedTensors", method.slug()))),
-            &logits(&scratch.path(&format!("{}-Dequantized", method.slug()))),
-        );
-        println!("{}: {apart}", method.slug());
+        if method == Method::Awq {
+            continue;
+        }
+        // What was reported is what the file holds: scales were bfloat16 before codes were chosen.
+        let out = scratch.path(&format!("{}-CompressedTensors", method.slug()));
+        let packed = Model::open(&out).unwrap();
+        let dense = Model::open(&input).unwrap();
+        let record = std::fs::read(out.join("strata.json")).unwrap();
+        let record: serde_json::Value = serde_json::from_slice(&record).unwrap();
+        for (layer, name) in
+            record["layers"].as_array().unwrap().iter().zip(linears(&dense.decoder))
+        {
+            let (mut error, mut norm) = (0f64, 0f64);
+            for (a, b) in matrix(&dense, &name).into_iter().zip(matrix(&packed, &name)) {
+                error += f64::from(a - b).powi(2);
+                norm += f64::from(a).powi(2);
+            }
+            let reported = layer["weight_error"].as_f64().unwrap();
+            let apart = (error / norm / reported - 1.0).abs();
+            assert!(apart < 1e-9, "{name}: {} reported as {reported}", error / norm);
+        }
     }
 }
