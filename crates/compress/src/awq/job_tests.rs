@@ -215,8 +215,7 @@ fn stored_search_under_gptq() {
     let room = Room::new("stored-gptq", Family::Qwen3);
     let rounding = Rounding::Gptq;
     room.run("searched", &job(3, AwqOptions { rounding, save_search: true, ..Default::default() }));
-    // Only the first block's search saw the same activations in both, so that is what repeats; the
-    // stored scales repeat the rest.
+    // The scales come from the record, GPTQ's statistics from the same calibration text.
     let apply_search = Some(room.path("searched"));
     let apply = job(3, AwqOptions { rounding, apply_search, ..Default::default() });
     assert!(apply.calibrates());
