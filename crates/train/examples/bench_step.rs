@@ -6,22 +6,6 @@ use serde_json::{Value, json};
 use std::time::Instant;
 use strata_train::{Chain, Grads, Params, Step, TrainConfig, loader::TokenBatch, loss};
 
-// glibc: keep freed memory instead of giving every large buffer back to the system.
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
-fn keep_memory() {
-    unsafe extern "C" {
-        fn mallopt(parameter: i32, value: i32) -> i32;
-    }
-    // M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
-    for (parameter, value) in [(-1, 1 << 30), (-2, 64 << 20), (-3, 1 << 30)] {
-        // SAFETY: plain settings of the allocator, before any thread is started.
-        unsafe { mallopt(parameter, value) };
-    }
-}
-
-#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-fn keep_memory() {}
-
 struct Shape {
     name: &'static str,
     model: Value,
@@ -123,7 +107,7 @@ fn measure(shape: &Shape, json: bool) -> Result<(), Box<dyn std::error::Error>> 
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     if std::env::var_os("STRATA_PLAIN_MALLOC").is_none() {
-        keep_memory();
+        tensor::memory::tune_allocator();
     }
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let json = arguments.iter().any(|a| a == "--json");

@@ -191,10 +191,6 @@ fn collect(
         if let Some(mean) = &input.absolute_mean
             && let Some(bad) = mean.mean().iter().position(|m| !m.is_finite())
         {
-            // A damaged weight is the usual cause; it is named rather than what it ruined.
-            for layer in job.sets.iter().flatten() {
-                job.matrix(&layer.name)?;
-            }
             let layer = job.sets[set].first().map_or("", |l| l.name.module.as_str());
             return Err(Error::layer(
                 layer,
