@@ -55,58 +55,66 @@ impl Quantized {
     }
 }
 
-/// One block of 128 activations into `parts` registers sets of 16 lanes.
+/// One block of 128 activations into the registers of every part.
+///
+/// # Safety
+/// AVX-512; `x` holds a block, `to` one part for every sum.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-fn quantize_block(bits: u8, x: &[f32], to: &mut [u32], scale: &mut f32, sums: &mut [f32]) {
-    let (mut most, mut poison) = ([0f32; VECTOR], [0f32; VECTOR]);
-    for line in x.chunks_exact(VECTOR) {
-        for ((most, poison), x) in most.iter_mut().zip(&mut poison).zip(line) {
-            *most = most.max(x.abs());
-            // A maximum loses NaN; zero times NaN or infinity keeps it.
-            *poison += x * 0.0;
-        }
+unsafe fn quantize_block(bits: u8, x: &[f32], to: &mut [u32], scale: &mut f32, sums: &mut [f32]) {
+    /// NaN of both kinds and infinity of both signs.
+    const NOT_FINITE: i32 = 0x99;
+    const VECTORS: usize = BLOCK / VECTOR;
+    let zero = _mm512_setzero_si512();
+    let mut lines = [_mm512_setzero_ps(); VECTORS];
+    let (mut most, mut bad) = (_mm512_setzero_ps(), 0);
+    for (v, line) in lines.iter_mut().enumerate() {
+        // SAFETY: the block is readable.
+        *line = unsafe { _mm512_loadu_ps(x.as_ptr().add(v * VECTOR)) };
+        most = _mm512_max_ps(most, _mm512_abs_ps(*line));
+        bad |= _mm512_fpclass_ps_mask::<NOT_FINITE>(*line);
     }
-    let most = most.iter().fold(0f32, |a, &b| a.max(b));
-    *scale = most / LARGEST + poison.iter().sum::<f32>();
+    let most = _mm512_reduce_max_ps(most);
+    *scale = if bad == 0 { most / LARGEST } else { f32::NAN };
     // Blocks of nothing but the smallest numbers count as zero.
     let inverse = Some(LARGEST / most).filter(|i| i.is_finite()).unwrap_or(0.0);
-    let mut q = [[0i32; VECTOR]; BLOCK / VECTOR];
-    for (q, line) in q.iter_mut().zip(x.chunks_exact(VECTOR)) {
-        for (q, x) in q.iter_mut().zip(line) {
-            *q = (x * inverse).round_ties_even() as i32;
-        }
+    let (mut high, mut low, mut q) = ([zero; VECTORS], [zero; VECTORS], [zero; VECTORS]);
+    for v in 0..VECTORS {
+        q[v] = _mm512_cvtps_epi32(_mm512_mul_ps(lines[v], _mm512_set1_ps(inverse)));
+        high[v] = _mm512_srai_epi32::<8>(_mm512_add_epi32(q[v], _mm512_set1_epi32(128)));
+        low[v] = _mm512_sub_epi32(q[v], _mm512_slli_epi32::<8>(high[v]));
     }
-    let parts = sums.len();
-    let vectors = BLOCK / VECTOR / parts;
+    let vectors = VECTORS / sums.len();
     for (part, (to, sum)) in to.chunks_exact_mut(PART / 4).zip(sums).enumerate() {
-        let mine = part * vectors..(part + 1) * vectors;
-        let total: i32 = q[mine.clone()].iter().flatten().sum();
-        *sum = total as f32 * *scale;
-        let (high, low) = to.split_at_mut(2 * VECTOR);
-        for (vector, q) in q.iter().enumerate() {
-            if !mine.contains(&vector) {
-                continue;
-            }
+        let to: *mut u8 = to.as_mut_ptr().cast();
+        let mut total = zero;
+        let mut registers = [zero; 4];
+        for v in part * vectors..(part + 1) * vectors {
+            total = _mm512_add_epi32(total, q[v]);
             if bits == 8 {
-                // Slots in their own order: lane l of register r holds slots 64 r + 4 l ...
-                for (i, &q) in q.iter().enumerate() {
-                    let slot = vector * VECTOR + i;
-                    let (lane, shift) = (slot / 4, 8 * (slot % 4));
-                    let top = (q + 128) >> 8;
-                    high[lane] |= (top as u32 & 0xFF) << shift;
-                    low[lane] |= ((q - 256 * top) as u32 & 0xFF) << shift;
+                // Slots in their own order.
+                // SAFETY: 16 bytes for each of 8 vectors, high bytes before low ones.
+                unsafe {
+                    _mm_storeu_si128(to.add(16 * v).cast(), _mm512_cvtepi32_epi8(high[v]));
+                    _mm_storeu_si128(to.add(128 + 16 * v).cast(), _mm512_cvtepi32_epi8(low[v]));
                 }
                 continue;
             }
-            // Byte v / 2 of lane l: the activation of vector v, lane l; odd vectors in the second register.
-            let (first, shift) = (vector % 2 * VECTOR, 8 * (vector / 2));
-            let (high, low) = (&mut high[first..first + VECTOR], &mut low[first..first + VECTOR]);
-            for lane in 0..VECTOR {
-                let top = (q[lane] + 128) >> 8;
-                high[lane] |= (top as u32 & 0xFF) << shift;
-                low[lane] |= ((q[lane] - 256 * top) as u32 & 0xFF) << shift;
+            // Byte v / 2 of lane l: the activation of vector v, lane l; odd vectors in a register of
+            // their own.
+            let shift = _mm512_set1_epi32(8 * (v / 2) as i32);
+            for (half, values) in [high[v], low[v]].into_iter().enumerate() {
+                let byte = _mm512_and_si512(values, _mm512_set1_epi32(0xFF));
+                let place = &mut registers[2 * half + v % 2];
+                *place = _mm512_or_si512(*place, _mm512_sllv_epi32(byte, shift));
             }
         }
+        if bits != 8 {
+            for (i, register) in registers.into_iter().enumerate() {
+                // SAFETY: a part holds four registers.
+                unsafe { _mm512_storeu_si512(to.add(64 * i).cast(), register) };
+            }
+        }
+        *sum = _mm512_reduce_add_epi32(total) as f32 * *scale;
     }
 }
 
@@ -197,11 +205,12 @@ unsafe fn kernel<const BITS: u8, const R: usize, const PARTS: usize>(
     let base: *const u8 = x.bytes.as_slice().as_ptr().cast();
     let (scales, totals) = (x.scales.as_ptr(), x.sums.as_ptr());
     let (place, params, groups) = (row.codes.as_ptr(), row.params.as_ptr(), row.groups.as_ptr());
-    let mut acc = [_mm512_setzero_ps(); R];
-    let mut correction = [0f32; R];
+    // Two chains of sums for every row: one alone would wait for itself.
+    let mut acc = [[_mm512_setzero_ps(); 2]; R];
+    let mut correction = [[0f32; 2]; R];
     // SAFETY: by the contract above.
     unsafe {
-        for b in 0..blocks {
+        let mut one = |b: usize, chain: usize| {
             let place = place.add(b * block_bytes(BITS));
             // Rows are short and lie one after the other; the hardware starts afresh at every page.
             // A hint may point behind the matrix.
@@ -225,14 +234,23 @@ unsafe fn kernel<const BITS: u8, const R: usize, const PARTS: usize>(
                     let low = _mm512_dpbusd_epi32(low, odd, load(3));
                     let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(high), low);
                     let factor = _mm512_set1_ps(scale * *scales.add(at));
-                    acc[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor, acc[r]);
-                    correction[r] += scale * zero * *totals.add(at * PARTS + part);
+                    let acc = &mut acc[r][chain];
+                    *acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor, *acc);
+                    correction[r][chain] += scale * zero * *totals.add(at * PARTS + part);
                 }
             }
+        };
+        for b in (0..blocks / 2 * 2).step_by(2) {
+            one(b, 0);
+            one(b + 1, 1);
+        }
+        if blocks % 2 == 1 {
+            one(blocks - 1, 0);
         }
     }
     for ((sum, acc), correction) in sums.iter_mut().zip(acc).zip(correction) {
-        *sum = _mm512_reduce_add_ps(acc) - correction;
+        let acc = _mm512_add_ps(acc[0], acc[1]);
+        *sum = _mm512_reduce_add_ps(acc) - (correction[0] + correction[1]);
     }
 }
 
