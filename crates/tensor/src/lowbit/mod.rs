@@ -19,9 +19,12 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod columns;
 mod layout;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
+
+pub use columns::LowBitColumns;
 
 use crate::skinny::simd::{self, Isa};
 use crate::skinny::{Aligned, Output, Panels, for_outputs, many_rows, with_scratch};
