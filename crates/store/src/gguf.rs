@@ -11,6 +11,7 @@ mod layout;
 mod metadata;
 mod names;
 mod parse;
+pub mod quantize;
 
 use std::collections::HashMap;
 use std::fs::File;
