@@ -12,6 +12,7 @@ use rayon::prelude::*;
 use super::GgmlType;
 use crate::convert;
 use crate::dtype::Dtype;
+use crate::packed::QuantizedMatrix;
 
 /// Elements that one task encodes; a multiple of every block size.
 const CHUNK: usize = 1 << 13;
@@ -146,6 +147,59 @@ pub fn encode_grid(
         }
     }
     Ok(out)
+}
+
+/// The symmetric grid behind a matrix `[rows, columns]` of a block type that is one (`Q4_0`, `Q5_0`,
+/// `Q8_0`): 32 columns per scale. `None` for other types and sizes that do not fit.
+pub fn decode_grid(
+    ty: GgmlType,
+    bytes: &[u8],
+    rows: usize,
+    columns: usize,
+) -> Option<QuantizedMatrix> {
+    let bits = match ty {
+        GgmlType::Q4_0 => 4,
+        GgmlType::Q5_0 => 5,
+        GgmlType::Q8_0 => 8,
+        _ => return None,
+    };
+    if ty.bytes_for(rows.checked_mul(columns)?)? != bytes.len() || !columns.is_multiple_of(32) {
+        return None;
+    }
+    let blocks = bytes.chunks_exact(ty.block_bytes());
+    let mut codes = Vec::with_capacity(rows * columns);
+    let mut scales = Vec::with_capacity(rows * columns / 32);
+    for block in blocks {
+        scales.push(get_f16(block, 0));
+        match ty {
+            GgmlType::Q8_0 => codes.extend(block[2..].iter().map(|q| q ^ 0x80)),
+            _ => {
+                let at = block.len() - 16;
+                let high = if bits == 5 {
+                    u32::from_le_bytes([block[2], block[3], block[4], block[5]])
+                } else {
+                    0
+                };
+                let nibble = |j: usize| {
+                    let byte = block[at + j % 16];
+                    (if j < 16 { byte & 15 } else { byte >> 4 }) | ((high >> j & 1) as u8) << 4
+                };
+                codes.extend((0..32).map(nibble));
+            }
+        }
+    }
+    let middle = 1u8 << (bits - 1);
+    Some(QuantizedMatrix {
+        bits,
+        group_size: 32,
+        out_features: rows,
+        in_features: columns,
+        zeros: vec![middle; scales.len()],
+        codes,
+        scales,
+        symmetric: true,
+        group_index: None,
+    })
 }
 
 fn put_f16(block: &mut [u8], at: usize, value: f32) {
@@ -558,9 +612,14 @@ mod tests {
                 let centred = i16::from(*code) - (1 << (bits - 1));
                 assert_eq!(*value, f32::from(centred) * scales[i / 32], "{bits} bits in {ty}");
             }
+            let back = decode_grid(ty, &bytes, 3, 32).unwrap();
+            back.check("m").unwrap();
+            assert_eq!((&back.dequantize(), &back.scales[..]), (&values, &scales[..]));
         }
         assert_eq!(grid_type(3), Some(GgmlType::Q4_0));
         assert_eq!(grid_type(9), None);
+        assert!(decode_grid(GgmlType::Q4_1, &[0; 20], 1, 32).is_none());
+        assert!(decode_grid(GgmlType::Q4_0, &[0; 18], 2, 16).is_none());
         assert!(encode_grid(GgmlType::Q4_0, 5, &[0; 32], &[1.0]).is_err());
         assert!(encode_grid(GgmlType::Q4_0, 4, &[0; 31], &[1.0]).is_err());
     }
