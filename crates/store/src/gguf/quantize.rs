@@ -63,7 +63,7 @@ pub fn quantize(ty: GgmlType, values: &[f32]) -> Result<Vec<u8>, String> {
     }
     // All scales and minima are at most the largest value, so f16 holds them when it holds that.
     let limit = f16::MAX.to_f32();
-    if let Some(at) = values.par_iter().position_first(|v| !(v.abs() <= limit)) {
+    if let Some(at) = values.par_iter().position_first(|v| v.is_nan() || v.abs() > limit) {
         return Err(format!(
             "value {at} is {:e}; {ty} holds finite values up to {limit}",
             values[at]
