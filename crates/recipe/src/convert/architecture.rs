@@ -54,6 +54,9 @@ pub(super) fn metadata(c: &DecoderConfig, notes: &mut Vec<String>) -> Result<Vec
             put("rope.scaling.type", Value::String("linear".into()));
             put("rope.scaling.factor", Value::F32(factor));
         }
+        if let RopeScaling::Llama3 { original_max_position_embeddings: length, .. } = scaling {
+            put("rope.scaling.original_context_length", count(length as usize));
+        }
     }
     if c.family == Family::GptNeox {
         put("use_parallel_residual", Value::Bool(c.placement == Placement::Parallel));
@@ -111,6 +114,9 @@ fn refuse(c: &DecoderConfig) -> Result<()> {
         && c.family != Family::GptNeox
     {
         return refuse(format!("only {dim} of {} features per head are rotated", c.head_dim));
+    }
+    if c.family == Family::Gemma2 && (c.attention_softcap.is_none() || c.final_softcap.is_none()) {
+        return refuse("it has no soft caps".into());
     }
     let window = c.windows.iter().flatten().next().copied();
     let alternating = |i: usize| if i.is_multiple_of(2) { window } else { None };

@@ -201,11 +201,7 @@ fn wanted(number: NumberType, source: &Source, name: &Name, done: &mut Converted
         || (block.saturating_sub(blocks / 8)) % 3 == 2;
     let mixed = matches!(name.role, Role::Value | Role::QueryKeyValue | Role::Down) && more;
     let six = (head && ty != GgmlType::Q8_0) || (number == NumberType::Q4KM && mixed);
-    let ty = if six {
-        GgmlType::Q6_K
-    } else {
-        ty
-    };
+    let ty = if six { GgmlType::Q6_K } else { ty };
     let [_, width] = name.shape;
     let fitting = with_rows(ty, width);
     if fitting != ty {
