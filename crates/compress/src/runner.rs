@@ -590,15 +590,10 @@ impl Walk<'_> {
     /// A GGUF file holds its tokenizer inside; other containers need it as files.
     fn write_gguf_tokenizer(&self, writer: &mut Writer) -> Result<()> {
         let tokenizer = data::Tokenizer::from_checkpoint(self.source.checkpoint)?;
-        let mut config = serde_json::Map::new();
-        config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
-        for (key, id) in [("bos_token", tokenizer.bos()), ("eos_token", tokenizer.eos())] {
-            if let Some(text) = id.and_then(|id| tokenizer.token_text(id)) {
-                config.insert(key.into(), text.into());
-            }
+        for (name, text) in tokenizer.to_files()? {
+            writer.put_file(name, text.as_bytes())?;
         }
-        writer.put_file("tokenizer.json", tokenizer.to_json()?.as_bytes())?;
-        Ok(writer.put_json("tokenizer_config.json", &config.into())?)
+        Ok(())
     }
 }
 
