@@ -2,7 +2,7 @@
 //!
 //! - `quantize`: the main job, from a checkpoint to a smaller one with a report;
 //! - `measure`: the same evaluation before and after;
-//! - `present`: what a finished job looks like;
+//! - `present`, `widths`: what a finished job looks like;
 //! - `recipe`: jobs as YAML, stage after stage.
 //!
 //! Methods are in the rooms, files in `store`, flags in `cli`.
@@ -12,6 +12,7 @@ pub mod measure;
 mod present;
 pub mod quantize;
 pub mod recipe;
+mod widths;
 
 pub use error::{Error, Result};
 pub use measure::{MeasureOptions, Measurement, Measures};
