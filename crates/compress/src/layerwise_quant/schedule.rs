@@ -260,13 +260,11 @@ impl Resolved {
                 grids
             }
         };
-        self.options = with_grids(&self.original, &self.layers, &grids);
-        if matches!(self.rule, Rule::Budget { .. }) {
-            // The commonest width becomes the rule, the others its exceptions.
-            let mut base = self.original.clone();
-            base.grid.bits = commonest(&self.layers, &grids).unwrap_or(base.grid.bits);
-            self.options = with_grids(&base, &self.layers, &grids);
-        }
+        let base = match self.rule {
+            Rule::Importance { .. } => self.original.clone(),
+            Rule::Budget { .. } => self.common_base(&grids),
+        };
+        self.options = with_grids(&base, &self.layers, &grids);
         // The whole job must be possible, not only the schedule.
         Plan::new(&settings.model.decoder, &settings.model.checkpoint, &self.options)?;
         self.describe(&grids, predicted, notes);
@@ -526,11 +524,7 @@ impl Resolved {
                     (0..count).map(|i| (i * states + (count - 1) / 2) / (count - 1)).collect();
                 steps.dedup();
                 for step in steps {
-                    let state = self.assign(Goal::Blocks(step), Counted::Codes)?;
-                    let blocks = self.blocks();
-                    let lowered = state.iter().zip(&blocks).filter(|(w, _)| **w > 0);
-                    let lowered = lowered.map(|(_, block)| *block).collect();
-                    all.push(self.point(&self.original, self.grids_of(&state), lowered));
+                    all.push(self.at_blocks(step)?);
                 }
             }
             Rule::Budget { units } => {
@@ -553,14 +547,42 @@ impl Resolved {
                     // Denser where bits are few: that is where the curve bends.
                     let share = (i as f64 / (count - 1) as f64).sqrt();
                     let budget = most - (most - least) * share + 1e-6;
-                    let (grids, _) = self.allocated(Budget::BitsPerWeight(budget))?;
-                    let mut base = self.original.clone();
-                    base.grid.bits = commonest(&self.layers, &grids).unwrap_or(base.grid.bits);
-                    all.push(self.point(&base, grids, Vec::new()));
+                    all.push(self.at_budget(Budget::BitsPerWeight(budget))?);
                 }
             }
         }
         Ok(all)
+    }
+
+    /// The schedule with another number of blocks below the highest width.
+    ///
+    /// # Errors
+    /// When there are fewer blocks, or the schedule is not by importance.
+    pub fn at_blocks(&self, count: usize) -> Result<Point> {
+        if matches!(self.rule, Rule::Budget { .. }) {
+            return Err(Error::Options("a budget does not count blocks".into()));
+        }
+        let state = self.assign(Goal::Blocks(count), Counted::Codes)?;
+        let blocks = self.blocks();
+        let lowered = state.iter().zip(&blocks).filter(|(width, _)| **width > 0);
+        let lowered = lowered.map(|(_, block)| *block).collect();
+        Ok(self.point(&self.original, self.grids_of(&state), lowered))
+    }
+
+    /// The distribution of another budget over the same error curves.
+    ///
+    /// # Errors
+    /// From the allocator.
+    pub fn at_budget(&self, budget: Budget) -> Result<Point> {
+        let (grids, _) = self.allocated(budget)?;
+        Ok(self.point(&self.common_base(&grids), grids, Vec::new()))
+    }
+
+    /// The job with the commonest width as its own: the others become its exceptions.
+    fn common_base(&self, grids: &BTreeMap<String, GridOptions>) -> QuantizeOptions {
+        let mut base = self.original.clone();
+        base.grid.bits = commonest(&self.layers, grids).unwrap_or(base.grid.bits);
+        base
     }
 
     /// `model` at a point, rounded to nearest as it computes.

@@ -64,7 +64,8 @@ pub fn cosine(input: &[f32], output: &[f32]) -> Result<Option<f64>> {
         left += a * a;
         right += b * b;
     }
-    let norm = left.sqrt() * right.sqrt();
+    // One root of the product: equal sides give exactly 1.
+    let norm = (left * right).sqrt();
     Ok((norm > 0.0).then(|| (dot / norm).clamp(-1.0, 1.0)))
 }
 
