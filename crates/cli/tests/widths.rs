@@ -59,7 +59,7 @@ impl Room {
     }
 
     fn refused(&self, more: &[&str], phrases: &[&str]) {
-        let arguments = self.job("refused", more);
+        let arguments = self.job("refused", &[&["--method", "rtn"], more].concat());
         let (code, stdout, stderr) = run(&strs(&arguments));
         assert_eq!(code, 2, "{more:?}\n{stdout}{stderr}");
         assert!(!self.path("refused").exists());
@@ -92,7 +92,10 @@ fn half_of_the_blocks_at_a_lower_width_under_any_method() {
             let job = ["--method", method, "--bits", "4", "--format", format];
             let out = room.quantize(&format!("{method}-{format}"), &[&job[..], &schedule].concat());
             let schedule = read(&out.join("schedule.json"));
-            assert_eq!((&schedule["score"], &schedule["average_bits"]), (&json!("lim"), &json!(3.0)));
+            assert_eq!(
+                (&schedule["score"], &schedule["average_bits"]),
+                (&json!("lim"), &json!(3.0))
+            );
             let order = schedule["order"].as_array().unwrap();
             let low = order[BLOCKS - 1].as_u64().unwrap();
             let high = order[0].as_u64().unwrap();
@@ -163,8 +166,15 @@ fn the_trade_off_is_measured_on_request() {
     for method in ["rtn", "gptq"] {
         for schedule in [&["--low-bits", "2", "--low-blocks", "50%"][..], &["--budget", "4.4bpw"]] {
             let name = format!("{method}-{}", schedule.len());
-            let measured =
-                ["--method", method, "--curve=3", "--evaluate", arg(&text), "--evaluate-window", "32"];
+            let measured = [
+                "--method",
+                method,
+                "--curve=3",
+                "--evaluate",
+                arg(&text),
+                "--evaluate-window",
+                "32",
+            ];
             let arguments = room.job(&name, &[&measured[..], schedule].concat());
             ok(&strs(&arguments));
             let curve = read(&room.path(&name).join("schedule.json"))["curve"].clone();

@@ -337,7 +337,10 @@ impl std::fmt::Display for Budget {
 macro_rules! as_text {
     ($name:ident, $what:literal) => {
         impl serde::Serialize for $name {
-            fn serialize<S: serde::Serializer>(&self, s: S) -> std::result::Result<S::Ok, S::Error> {
+            fn serialize<S: serde::Serializer>(
+                &self,
+                s: S,
+            ) -> std::result::Result<S::Ok, S::Error> {
                 s.collect_str(self)
             }
         }
@@ -452,7 +455,8 @@ impl LayerwiseQuantOptions {
                 self.middle_bits.map(|b| format!(" --middle-bits {b}")).unwrap_or_default()
             ));
         }
-        let targets = [self.average_bits.is_some(), self.low_blocks.is_some(), self.budget.is_some()];
+        let targets =
+            [self.average_bits.is_some(), self.low_blocks.is_some(), self.budget.is_some()];
         match targets.iter().filter(|given| **given).count() {
             1 => {}
             0 => {

@@ -102,7 +102,8 @@ impl QuantizeJob {
                 0 => Vec::new(),
                 _ => widths::curve(self, &model, r, &calibration)?,
             };
-            widths::describe(&mut report, self, &r.schedule, measures.as_ref(), &curve);
+            let measured = widths::divergence(self, &r.schedule, &model, &quantised, &calibration)?;
+            widths::describe(&mut report, self, &r.schedule, measured, &curve);
             let mut json = r.schedule.json();
             if let Some(object) = json.as_object_mut().filter(|_| !curve.is_empty()) {
                 object.insert("curve".into(), serde_json::to_value(&curve).unwrap_or_default());

@@ -3,8 +3,8 @@
 
 use crate::Result;
 use crate::measure::Measurement;
-use crate::quantize::{Comparison, QuantizeJob};
-use compress::layerwise_quant::{Point, Resolved, Schedule, without_blocks};
+use crate::quantize::QuantizeJob;
+use compress::layerwise_quant::{BudgetWeight, Point, Resolved, Schedule, without_blocks};
 use compress::{Calibration, Method, Plan, Target};
 use nn::Model;
 use report::{Cell, Chart, ChartKind, Column, Report, Section, Table};
@@ -106,12 +106,31 @@ fn at(
     Ok(Model::open(&outcome.path)?)
 }
 
+/// How far the finished model's predictions are from full precision on the windows that a budget was
+/// weighed on; absent where errors are not divergences.
+pub fn divergence(
+    job: &QuantizeJob,
+    schedule: &Schedule,
+    before: &Model,
+    after: &Model,
+    calibration: &Calibration,
+) -> Result<Option<f64>> {
+    let own = &job.options.layerwise;
+    let weighed = matches!(own.budget_weight, BudgetWeight::Loss | BudgetWeight::Measured);
+    if schedule.by != "budget" || !weighed || job.measure.skip {
+        return Ok(None);
+    }
+    let windows = calibration.first(own.probe_samples)?;
+    let found = eval::compare(before, after, windows.ids(), windows.length())?;
+    Ok(Some(found.kl_divergence))
+}
+
 /// Adds what the schedule is to a report, behind its first section.
 pub fn describe(
     report: &mut Report,
     job: &QuantizeJob,
     schedule: &Schedule,
-    measures: Option<&Comparison>,
+    measured: Option<f64>,
     curve: &[CurvePoint],
 ) {
     let name = job.model.file_name().map(|n| n.to_string_lossy().into_owned());
@@ -144,7 +163,7 @@ pub fn describe(
                 .values("score", &blocks.iter().map(of).collect::<Vec<_>>()),
         );
     } else {
-        units(&mut section, schedule, measures);
+        units(&mut section, schedule, measured);
     }
     for note in &schedule.notes {
         section.text(note.clone());
@@ -193,7 +212,7 @@ fn importance(schedule: &Schedule) -> Table {
     table
 }
 
-fn units(section: &mut Section, schedule: &Schedule, measures: Option<&Comparison>) {
+fn units(section: &mut Section, schedule: &Schedule, measured: Option<f64>) {
     let columns = vec![
         Column::right("block"),
         Column::left("layers"),
@@ -228,9 +247,15 @@ fn units(section: &mut Section, schedule: &Schedule, measures: Option<&Compariso
         section.text(format!(
             "Sum of counted errors {error:.6}; no distribution within the budget is below \
              {bound:.6}.{}",
-            measures.map_or(String::new(), |m| format!(
-                " Measured divergence of the finished model on held-out text: {:.6} nats per token.",
-                m.distance.kl_divergence
+            measured.map_or(String::new(), |kl| format!(
+                " Divergence of the finished model on the same windows: {kl:.6} nats per token, \
+                 {:.2} of the sum{}.",
+                kl / error.max(f64::MIN_POSITIVE),
+                if (0.5..=2.0).contains(&(kl / error.max(f64::MIN_POSITIVE))) {
+                    ""
+                } else {
+                    ": errors of these layers do not simply add up"
+                }
             ))
         ));
     }

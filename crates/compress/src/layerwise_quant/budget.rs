@@ -53,6 +53,53 @@ pub struct UnitCurve {
     pub error: Vec<f64>,
 }
 
+impl UnitCurve {
+    /// Squared output error over all layers, by width.
+    pub fn absolute(&self) -> Vec<f64> {
+        let sum = |w: usize| self.layers.iter().filter_map(|l| l.absolute.get(w)).sum::<f64>();
+        (0..self.bits.len()).map(sum).collect()
+    }
+
+    /// The curve under another measure, at some of its widths.
+    ///
+    /// # Errors
+    /// `measured` cannot be computed afterwards, `loss` only where it was probed.
+    pub fn reweighed(&self, weight: BudgetWeight, widths: &[u8]) -> Result<Self> {
+        let error = match (weight, self.probe) {
+            (BudgetWeight::Absolute, _) => self.absolute(),
+            (BudgetWeight::Relative, _) => self.relative.clone(),
+            (BudgetWeight::Loss, Some(probe)) => in_proportion(&self.relative, probe),
+            _ => {
+                return Err(Error::Options(format!(
+                    "the curves do not hold what {weight:?} needs: measure them again"
+                )));
+            }
+        };
+        let mut other = Self { error, ..self.clone() };
+        let keep: Vec<bool> = self.bits.iter().map(|b| widths.contains(b)).collect();
+        fn some<T: Copy>(all: &[T], keep: &[bool]) -> Vec<T> {
+            all.iter().zip(keep).filter(|(_, keep)| **keep).map(|(v, _)| *v).collect()
+        }
+        other.bits = some(&other.bits, &keep);
+        other.error = some(&other.error, &keep);
+        other.relative = some(&other.relative, &keep);
+        for layer in &mut other.layers {
+            layer.absolute = some(&layer.absolute, &keep);
+        }
+        if other.bits.is_empty() {
+            return Err(Error::Options(format!("none of the widths {widths:?} was measured")));
+        }
+        Ok(other)
+    }
+}
+
+/// Errors in proportion to relative ones, given the effect at one relative error.
+fn in_proportion(relative: &[f64], [effect, there]: [f64; 2]) -> Vec<f64> {
+    // A layer that rounding leaves as it is has nothing to lose.
+    let weight = if there > 0.0 { effect / there } else { 0.0 };
+    relative.iter().map(|r| weight * r).collect()
+}
+
 /// The error curves of every planned layer, in order; layers whose grid is not `base` (overrides of
 /// the user) are left out.
 ///
@@ -167,8 +214,7 @@ impl Pending {
     ) -> Result<UnitCurve> {
         let Self { layers, curve: mut unit } = self;
         let energy: f64 = unit.layers.iter().map(|l| l.energy).sum();
-        let sum = |w: usize| unit.layers.iter().filter_map(|l| l.absolute.get(w)).sum::<f64>();
-        let absolute: Vec<f64> = (0..unit.bits.len()).map(sum).collect();
+        let absolute = unit.absolute();
         let relative = |error: f64| if energy > 0.0 { error / energy } else { 0.0 };
         unit.relative = absolute.iter().map(|&e| relative(e)).collect();
         let diverge = |probe: &Probe<'_>, width: usize| -> Result<f64> {
@@ -184,11 +230,9 @@ impl Pending {
             (BudgetWeight::Absolute, _) => absolute,
             (BudgetWeight::Loss, Some(probe)) => {
                 let at = probe_width(&unit.bits, options);
-                let (effect, there) = (diverge(probe, at)?, unit.relative[at]);
-                unit.probe = Some([effect, there]);
-                // A layer that rounding leaves as it is has nothing to lose.
-                let weight = if there > 0.0 { effect / there } else { 0.0 };
-                unit.relative.iter().map(|r| weight * r).collect()
+                let probed = [diverge(probe, at)?, unit.relative[at]];
+                unit.probe = Some(probed);
+                in_proportion(&unit.relative, probed)
             }
             (BudgetWeight::Measured, Some(probe)) => {
                 (0..unit.bits.len()).map(|width| diverge(probe, width)).collect::<Result<_>>()?

@@ -4,7 +4,7 @@ use super::assign::{Goal, Widths, assign};
 use super::budget::{UnitCurve, curves, overlay};
 use super::rounded::rounded_model;
 use super::score::scores;
-use super::{Budget, Count, LayerwiseQuantOptions};
+use super::{Budget, BudgetWeight, Count, LayerwiseQuantOptions};
 use crate::allocate::{Choice, UNITS, allocate};
 use crate::grid::{GridOptions, effective_group};
 use crate::options::{Method, Override, QuantizeOptions};
@@ -171,7 +171,8 @@ pub fn resolve(settings: &Settings<'_>) -> Result<Option<Resolved>> {
         Some(_) => importance(settings, &layers, &mut notes)?,
         None => {
             let kind = scale_type(&settings.model.checkpoint, container(options));
-            let progress = report::Progress::new("error curves", plan.blocks.len() as u64, "blocks");
+            let progress =
+                report::Progress::new("error curves", plan.blocks.len() as u64, "blocks");
             let Settings { model, calibration, scratch, .. } = *settings;
             let units = curves(model, &plan, options, calibration, kind, scratch, &progress)?;
             Rule::Budget { units }
@@ -199,8 +200,7 @@ fn plan(settings: &Settings<'_>) -> Result<Plan> {
 fn importance(settings: &Settings<'_>, layers: &[Layer], notes: &mut Vec<String>) -> Result<Rule> {
     let options = settings.options;
     let own = &options.layerwise;
-    let widths =
-        Widths { bits: own.widths(options.grid.bits), middle_share: own.middle_share };
+    let widths = Widths { bits: own.widths(options.grid.bits), middle_share: own.middle_share };
     let low = grid_at(options, &widths, widths.bits.len() - 1);
     let kind = scale_type(&settings.model.checkpoint, container(options));
     let round = |changed: &mut Overlay<'_>, block: usize| -> Result<()> {
@@ -372,8 +372,7 @@ impl Resolved {
             })
             .collect();
         let found = allocate(&choices, limit, UNITS).map_err(|error| {
-            let least: u64 =
-                choices.iter().filter_map(|c| c.iter().map(|c| c.cost).min()).sum();
+            let least: u64 = choices.iter().filter_map(|c| c.iter().map(|c| c.cost).min()).sum();
             if least <= limit {
                 return error;
             }
@@ -578,6 +577,26 @@ impl Resolved {
         Ok(self.point(&self.common_base(&grids), grids, Vec::new()))
     }
 
+    /// The same curves with another measure of what makes errors comparable, or fewer widths.
+    ///
+    /// # Errors
+    /// When the curves do not hold what the measure needs.
+    pub fn reweighed(&self, weight: BudgetWeight, widths: &[u8]) -> Result<Self> {
+        let Rule::Budget { units } = &self.rule else {
+            return Err(Error::Options("there are no error curves to weigh".into()));
+        };
+        let units =
+            units.iter().map(|unit| unit.reweighed(weight, widths)).collect::<Result<_>>()?;
+        Ok(Self {
+            options: self.options.clone(),
+            schedule: self.schedule.clone(),
+            layers: self.layers.clone(),
+            rule: Rule::Budget { units },
+            original: self.original.clone(),
+            other_bytes: self.other_bytes,
+        })
+    }
+
     /// The job with the commonest width as its own: the others become its exceptions.
     fn common_base(&self, grids: &BTreeMap<String, GridOptions>) -> QuantizeOptions {
         let mut base = self.original.clone();
@@ -621,7 +640,9 @@ impl Counted {
     fn cost(self, options: &QuantizeOptions, name: &Name, grid: &GridOptions) -> f64 {
         let shape = crate::plan::stored_shape(name, grid);
         match (self, options.format.layout()) {
-            (Self::Codes, _) => f64::from(grid.bits) * (shape.out_features * shape.in_features) as f64,
+            (Self::Codes, _) => {
+                f64::from(grid.bits) * (shape.out_features * shape.in_features) as f64
+            }
             (Self::Bytes, Some(layout)) => store::packed::stored_bytes(layout, &shape) as f64,
             _ => shape.bits_per_weight() * (shape.out_features * shape.in_features) as f64,
         }

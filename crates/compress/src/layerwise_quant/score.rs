@@ -194,9 +194,7 @@ pub fn z_score_share(
     if per_linear {
         let shares: Vec<f64> = linears
             .iter()
-            .map(|linear| {
-                z_score_share(std::slice::from_ref(linear), threshold, two_sided, false)
-            })
+            .map(|linear| z_score_share(std::slice::from_ref(linear), threshold, two_sided, false))
             .collect::<Result<_>>()?;
         return Ok(shares.iter().sum::<f64>() / shares.len().max(1) as f64);
     }
@@ -207,8 +205,10 @@ pub fn z_score_share(
     let total = |f: &(dyn Fn(f64) -> f64 + Sync)| -> f64 {
         let piece = |part: &[f32]| part.iter().map(|&w| f(f64::from(w))).sum::<f64>();
         // Pieces are added in order: the same on any number of threads.
-        let pieces: Vec<f64> =
-            linears.iter().flat_map(|l| l.par_chunks(1 << 14).map(piece).collect::<Vec<_>>()).collect();
+        let pieces: Vec<f64> = linears
+            .iter()
+            .flat_map(|l| l.par_chunks(1 << 14).map(piece).collect::<Vec<_>>())
+            .collect();
         pieces.iter().sum()
     };
     let mean = total(&|w| w) / count;

@@ -21,7 +21,11 @@ fn network(dir: &Path, layers: usize, seed: u64) {
     random_checkpoint(dir, &config(Family::Llama, keys), seed).unwrap();
 }
 
-fn job(method: Method, format: Format, change: impl FnOnce(&mut QuantizeOptions)) -> QuantizeOptions {
+fn job(
+    method: Method,
+    format: Format,
+    change: impl FnOnce(&mut QuantizeOptions),
+) -> QuantizeOptions {
     let mut options = options(method, format, 4);
     options.layerwise.probe_samples = 4;
     change(&mut options);
@@ -43,7 +47,11 @@ fn budget(weight: BudgetWeight, size: Budget) -> QuantizeOptions {
     })
 }
 
-fn decide_with(dir: &Path, options: &QuantizeOptions, text: &Calibration) -> Result<Resolved, String> {
+fn decide_with(
+    dir: &Path,
+    options: &QuantizeOptions,
+    text: &Calibration,
+) -> Result<Resolved, String> {
     let scratch = Scratch::new();
     let model = Model::open(dir).map_err(|e| e.to_string())?;
     let place = scratch.path("activations");
@@ -285,12 +293,9 @@ fn budgets_hold_and_beat_every_uniform_width() {
     let scratch = Scratch::new();
     let dir = scratch.path("model");
     network(&dir, 4, 9);
-    for weight in [
-        BudgetWeight::Loss,
-        BudgetWeight::Measured,
-        BudgetWeight::Relative,
-        BudgetWeight::Absolute,
-    ] {
+    for weight in
+        [BudgetWeight::Loss, BudgetWeight::Measured, BudgetWeight::Relative, BudgetWeight::Absolute]
+    {
         for bits in [3u8, 4, 5] {
             // Exactly what the uniform width takes.
             let size = f64::from(bits) + (16.0 + f64::from(bits)) / 16.0;

@@ -440,12 +440,9 @@ fn agrees_with_compressed_tensors() {
 #[test]
 fn sizes_are_known_before_packing() {
     let mut random = Lcg(17);
-    for layout in [
-        Layout::CompressedTensors,
-        Layout::AutoAwq,
-        Layout::Gptq { v2: true },
-        Layout::Strata,
-    ] {
+    for layout in
+        [Layout::CompressedTensors, Layout::AutoAwq, Layout::Gptq { v2: true }, Layout::Strata]
+    {
         for bits in [2, 3, 4, 5, 6, 8] {
             let m = matrix(&mut random, bits, 64, 96, 32);
             let m = QuantizedMatrix { symmetric: false, ..m };
