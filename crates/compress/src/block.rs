@@ -83,6 +83,15 @@ impl Calibration {
         Ok(Self { tokens, length, per_batch: (BATCH_TOKENS / length).max(1) })
     }
 
+    /// The first `count` windows, or all there are.
+    ///
+    /// # Errors
+    /// When that leaves none.
+    pub fn first(&self, count: usize) -> Result<Self> {
+        let tokens = count.min(self.windows()) * self.length;
+        Self::new(self.tokens.get(..tokens).unwrap_or_default().to_vec(), self.length)
+    }
+
     /// No calibration at all.
     pub fn none() -> Self {
         Self { tokens: Vec::new(), length: 2, per_batch: 1 }

@@ -304,6 +304,11 @@ impl QuantizeOptions {
         self.method.calibrates() && (self.method != Method::Awq || self.awq.calibrates())
     }
 
+    /// Whether the job needs calibration text at all: for its method, or to decide widths.
+    pub fn needs_text(&self) -> bool {
+        self.calibrates() || self.layerwise.calibrates()
+    }
+
     /// Whether GPTQ chooses the codes.
     pub(crate) fn rounds_by_gptq(&self) -> bool {
         match self.method {
@@ -329,7 +334,7 @@ impl QuantizeOptions {
                 ));
             }
         }
-        if self.calibrates() {
+        if self.needs_text() {
             if self.calibration.samples == 0 {
                 return Err(Error::Options(
                     "no calibration samples: give --samples 128, or use --method rtn".into(),
@@ -353,15 +358,14 @@ impl QuantizeOptions {
                     .into(),
             ));
         }
-        let own_grids =
-            matches!(self.format, Format::CompressedTensors | Format::Strata | Format::Dequantized);
-        if !own_grids && !self.overrides.is_empty() {
+        if self.format == Format::Awq && !self.overrides.is_empty() {
             return Err(Error::Options(
-                "per-layer overrides need --format compressed-tensors, strata or dequantized: the other \
-                 formats hold one grid for all layers"
+                "the awq format holds one grid for all layers: per-layer overrides need --format \
+                 compressed-tensors, gptq-v2, strata or dequantized"
                     .into(),
             ));
         }
+        self.layerwise.check(self)?;
         let reordered = self.rounds_by_gptq()
             && self.gptq.act_order
             && !self.gptq.static_groups

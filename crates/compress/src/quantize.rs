@@ -24,6 +24,11 @@ pub fn run(
     run_job(source, plan, &mut job, calibration, target, progress)
 }
 
+/// How the job writes what it quantises.
+pub(crate) fn container(options: &QuantizeOptions) -> Container {
+    options.format.layout().map_or(Container::Dense, Container::Packed)
+}
+
 struct Quantize<'a> {
     options: &'a QuantizeOptions,
     awq: crate::awq::Prepared,
@@ -49,7 +54,7 @@ impl Job for Quantize<'_> {
     }
 
     fn container(&self) -> Container {
-        self.options.format.layout().map_or(Container::Dense, Container::Packed)
+        container(self.options)
     }
 
     fn limits(&self) -> Limits {

@@ -8,6 +8,7 @@ mod common;
 mod durable;
 mod families;
 mod gptq;
+mod layerwise;
 mod packed;
 mod refuse;
 mod survive;
