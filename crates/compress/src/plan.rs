@@ -117,6 +117,9 @@ impl Plan {
                 "nothing is left to quantise; loosen --only or --exclude".into(),
             ));
         }
+        if options.method == crate::Method::Adadim {
+            crate::adadim::check_plan(&plan, options)?;
+        }
         Ok(plan)
     }
 
@@ -136,8 +139,9 @@ fn patterns(texts: &[String]) -> Result<Vec<Pattern>> {
 
 fn check_shape(name: &Name, grid: &GridOptions, options: &QuantizeOptions) -> Result<()> {
     let (out, width) = (name.out_features(), name.in_features());
-    // Ragged last groups exist only in ordinary weights, and AWQ's searches need whole groups.
-    let whole = options.format != Format::Dequantized || options.method == crate::Method::Awq;
+    // Formats of other tools and AWQ's searches need whole groups.
+    let ragged = matches!(options.format, Format::Dequantized | Format::Strata);
+    let whole = !ragged || options.method == crate::Method::Awq;
     if whole && grid.granularity == Granularity::Group {
         require_whole_groups(&name.module, width, effective_group(grid, width))?;
         if grid.group_size > width {
@@ -167,11 +171,8 @@ fn saved(checkpoint: &Checkpoint, name: &Name, grid: &GridOptions, format: Forma
     let now = checkpoint.info(&name.weight())?.nbytes;
     let (out, width) = (name.out_features() as f64, name.in_features() as f64);
     let groups = (width / effective_group(grid, name.in_features()) as f64).ceil();
-    let zero_bits = if grid.symmetric && format == Format::CompressedTensors {
-        0.0
-    } else {
-        f64::from(grid.bits)
-    };
+    let no_zeros = matches!(format, Format::CompressedTensors | Format::Strata);
+    let zero_bits = if grid.symmetric && no_zeros { 0.0 } else { f64::from(grid.bits) };
     let bits = out * width * f64::from(grid.bits) + out * groups * (16.0 + zero_bits);
     Ok(now.saturating_sub((bits / 8.0) as u64))
 }
