@@ -4,7 +4,7 @@
 //! weights in the working copy and hands in the quantised layers. It never touches files.
 
 use crate::activations::Activations;
-use crate::grid::{Grid, GridOptions, Matrix, ScaleType};
+use crate::grid::{Grid, GridOptions, Matrix, ScaleType, transpose};
 use crate::plan::LayerPlan;
 use crate::statistics::TokenSample;
 use crate::{Error, Result};
@@ -295,7 +295,10 @@ impl BlockJob<'_> {
             group_size: stored.group_size(),
             histogram: match &stored {
                 Stored::Grid(m) => histogram(original, m, &values),
-                _ => Vec::new(),
+                Stored::Columns(m) => {
+                    let values = transpose(&values, original.out_features, original.in_features);
+                    histogram(&original.transposed(), m, &values)
+                }
             },
             ..self.result(name, original, &values, bits_per_weight, sample, details)
         };

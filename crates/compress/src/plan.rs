@@ -117,6 +117,9 @@ impl Plan {
                 "nothing is left to quantise; loosen --only or --exclude".into(),
             ));
         }
+        if options.method == crate::Method::Adadim {
+            crate::adadim::check_plan(&plan, options)?;
+        }
         Ok(plan)
     }
 
@@ -141,8 +144,9 @@ pub(crate) fn check_shape(
     options: &QuantizeOptions,
 ) -> Result<()> {
     let width = name.in_features();
-    // Ragged last groups exist only in ordinary weights, and AWQ's searches need whole groups.
-    let whole = options.format != Format::Dequantized || options.method == crate::Method::Awq;
+    // Formats of other tools and AWQ's searches need whole groups.
+    let ragged = matches!(options.format, Format::Dequantized | Format::Strata);
+    let whole = !ragged || options.method == crate::Method::Awq;
     if whole && grid.granularity == Granularity::Group {
         require_whole_groups(&name.module, width, effective_group(grid, width))?;
         if grid.group_size > width {

@@ -3,6 +3,7 @@
 //! refuses. The mathematics of the methods is tested beside it, in the crate.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod adadim;
 mod awq;
 mod common;
 mod durable;
