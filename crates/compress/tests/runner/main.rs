@@ -12,4 +12,5 @@ mod gptq;
 mod layerwise;
 mod packed;
 mod refuse;
+mod rsq;
 mod survive;
