@@ -10,6 +10,7 @@
 //! - `config`, `keys`, `family`: architectures as data, read from `config.json`;
 //! - `decoder`, `forward`, `attend`, `rope`, `cache`: names, the staged block, positions, KV cache;
 //! - `mapping`: which norm or linear can absorb a scale (what AWQ and rotations fold through);
+//! - `rotate`: the same network in a rotated basis of its residual stream;
 //! - `model`, `generate`: opening a checkpoint and sampling from it.
 //!
 //! Losses, optimisers and evaluation live above; containers on disk and kernels live below.
@@ -29,6 +30,7 @@ pub mod name;
 pub mod overlay;
 pub mod quantized;
 mod rope;
+pub mod rotate;
 pub mod site;
 pub mod stored;
 pub mod tap;
@@ -49,6 +51,7 @@ pub use model::Model;
 pub use name::{Leaf, Name, Role};
 pub use overlay::Overlay;
 pub use quantized::Quantized;
+pub use rotate::{Rotated, RotationKind};
 pub use site::{Point, Site};
 pub use store::packed::Stored;
 pub use stored::dequantize;
