@@ -271,7 +271,7 @@ impl BlockJob<'_> {
                 ),
             ));
         }
-        let mut values = nn::dequantize(&stored);
+        let mut values = nn::dequantize(&stored)?;
         let mut bits_per_weight = stored.bits_per_weight();
         if let Some(kept) = self.kept.get(&name.module) {
             let width = name.in_features();

@@ -28,6 +28,7 @@ pub mod mapping;
 pub mod model;
 pub mod name;
 pub mod overlay;
+pub mod pyramid;
 pub mod quantized;
 mod rope;
 pub mod rotate;

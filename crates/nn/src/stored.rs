@@ -7,14 +7,19 @@ use tensor::lowbit::LowBit;
 use tensor::skinny;
 
 use crate::Result;
+use crate::pyramid::Pyramid;
 use crate::weights::transpose;
 
 /// The weights of a stored layer in f32, `[out, in]`.
-pub fn dequantize(stored: &Stored) -> Vec<f32> {
-    match stored {
+///
+/// # Errors
+/// When a pyramid code is damaged or unknown to the engine.
+pub fn dequantize(stored: &Stored) -> Result<Vec<f32>> {
+    Ok(match stored {
         Stored::Grid(m) => m.dequantize(),
         Stored::Columns(m) => transpose(&m.dequantize(), m.out_features, m.in_features),
-    }
+        Stored::Pyramid(m) => Pyramid::new(m)?.dequantize(),
+    })
 }
 
 /// A layer in the layout of its product kernel.
@@ -22,6 +27,8 @@ pub fn dequantize(stored: &Stored) -> Vec<f32> {
 pub(crate) enum Kernel {
     /// Integer grid along the input.
     Grid(Arc<LowBit>),
+    /// Pyramid codes.
+    Pyramid(Arc<Pyramid>),
     /// f32, for what has no kernel of its own.
     Dense(Arc<Vec<f32>>),
 }
@@ -31,7 +38,8 @@ impl Kernel {
     pub(crate) fn new(stored: &Stored) -> Result<Self> {
         match stored {
             Stored::Grid(m) => Ok(Self::Grid(Arc::new(low_bit(m)?))),
-            Stored::Columns(_) => Ok(Self::Dense(Arc::new(dequantize(stored)))),
+            Stored::Columns(_) => Ok(Self::Dense(Arc::new(dequantize(stored)?))),
+            Stored::Pyramid(m) => Ok(Self::Pyramid(Arc::new(Pyramid::new(m)?))),
         }
     }
 
@@ -46,6 +54,7 @@ impl Kernel {
     ) {
         match self {
             Self::Grid(m) => m.linear(x, rows, bias, y),
+            Self::Pyramid(m) => m.linear(x, rows, bias, y),
             Self::Dense(w) => skinny::linear_f32(x, rows, w, out, width, bias, y),
         }
     }

@@ -31,9 +31,11 @@ impl Decoder {
     }
 }
 
-/// Whether one of the known integer layouts stores `module`.
+/// Whether one of the known packed layouts stores `module`.
 pub(crate) fn is_packed(checkpoint: &Checkpoint, module: &str) -> bool {
-    ["weight_packed", "qweight"].iter().any(|leaf| checkpoint.contains(&format!("{module}.{leaf}")))
+    ["weight_packed", "qweight", "pvq_index"]
+        .iter()
+        .any(|leaf| checkpoint.contains(&format!("{module}.{leaf}")))
 }
 
 fn expect(checkpoint: &Checkpoint, tensor: &str, shape: &[usize]) -> Result<()> {

@@ -19,8 +19,8 @@ mod spec;
 
 pub use activation::{activate, gelu_glu, swiglu};
 pub use attention::{
-    AttentionParts, attention, attention_mix, attention_parts, attention_pattern, attention_received,
-    attention_scores,
+    AttentionParts, attention, attention_mix, attention_parts, attention_pattern,
+    attention_received, attention_scores,
 };
 pub use embedding::embedding;
 pub use linear::linear;

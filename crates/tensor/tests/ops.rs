@@ -293,9 +293,8 @@ fn attention_received_is_the_column_sum() {
         spec(3, 150, 150, [2, 2, 3]),
     ];
     for spec in specs {
-        let [q, k, _] = attention_inputs(&spec).map(|input| {
-            host::from_vec(input.values, input.shape, &device("cpu").unwrap())
-        });
+        let [q, k, _] = attention_inputs(&spec)
+            .map(|input| host::from_vec(input.values, input.shape, &device("cpu").unwrap()));
         let received = ops::attention_received(&q, &k, &spec);
         let pattern = ops::attention_pattern(ops::attention_scores(q, k, &spec));
         let pattern = host::into_vec(pattern);

@@ -210,10 +210,8 @@ pub(crate) fn received(q: &[f32], k: &[f32], spec: &AttentionSpec) -> Vec<f64> {
         received
     };
     let buffer = || scratch(QUERIES.min(spec.queries) * width);
-    let heads: Vec<Vec<f64>> = (0..spec.batch * spec.heads)
-        .into_par_iter()
-        .map_init(buffer, task)
-        .collect();
+    let heads: Vec<Vec<f64>> =
+        (0..spec.batch * spec.heads).into_par_iter().map_init(buffer, task).collect();
     // Heads are added in their order, whichever thread was first.
     for (sums, heads) in sums.chunks_exact_mut(spec.keys).zip(heads.chunks(spec.heads)) {
         for head in heads {
