@@ -83,6 +83,25 @@ impl Calibration {
         Ok(Self { tokens, length, per_batch: (BATCH_TOKENS / length).max(1) })
     }
 
+    /// Every window `times` times, each copy rolled on by an equal part of its length: what stood at
+    /// `t` stands at `t + length · m / times` in copy `m`, and the end comes round to the start.
+    ///
+    /// # Errors
+    /// When there are no whole windows.
+    pub fn expanded(&self, times: usize) -> Result<Self> {
+        let mut tokens = Vec::with_capacity(self.tokens.len() * times);
+        for copy in 0..times {
+            for window in self.tokens.chunks(self.length) {
+                let start = tokens.len();
+                tokens.extend_from_slice(window);
+                if let Some(window) = tokens.get_mut(start..) {
+                    window.rotate_right(self.length * copy / times);
+                }
+            }
+        }
+        Self::new(tokens, self.length)
+    }
+
     /// No calibration at all.
     pub fn none() -> Self {
         Self { tokens: Vec::new(), length: 2, per_batch: 1 }

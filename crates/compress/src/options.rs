@@ -301,7 +301,16 @@ impl<'de> serde::Deserialize<'de> for MemoryLimit {
 impl QuantizeOptions {
     /// Whether this job looks at activations.
     pub fn calibrates(&self) -> bool {
-        self.method.calibrates() && (self.method != Method::Awq || self.awq.calibrates())
+        match self.method {
+            Method::Awq => self.awq.calibrates(),
+            Method::Rsq => self.rsq.calibrates(),
+            method => method.calibrates(),
+        }
+    }
+
+    /// Whether any layer is put on a grid.
+    pub fn quantises(&self) -> bool {
+        !(self.method == Method::Rsq && self.rsq.rotate_only)
     }
 
     /// Whether GPTQ chooses the codes.
@@ -309,7 +318,8 @@ impl QuantizeOptions {
         match self.method {
             Method::Gptq => true,
             Method::Awq => self.awq.rounding == Rounding::Gptq,
-            Method::Rtn | Method::Adadim | Method::Rsq | Method::Pvq => false,
+            Method::Rsq => self.rsq.calibrates(),
+            Method::Rtn | Method::Adadim | Method::Pvq => false,
         }
     }
 
@@ -318,6 +328,9 @@ impl QuantizeOptions {
         crate::grid::Grid::new(&self.grid)?;
         if self.rounds_by_gptq() {
             self.gptq.check(&self.grid)?;
+        }
+        if self.method == Method::Rsq {
+            self.rsq.check(self)?;
         }
         if self.method == Method::Awq {
             self.awq.check()?;

@@ -178,14 +178,14 @@ pub fn measure(
 }
 
 /// Calibration windows: 32 random ones of 128 tokens (16 when fast).
-fn calibration(settings: &Settings, subject: &Subject, seed: u64) -> Result<Calibration> {
+pub(crate) fn calibration(settings: &Settings, subject: &Subject, seed: u64) -> Result<Calibration> {
     let count = if settings.fast { 16 } else { 32 };
     let (length, documents) = (subject.window, &subject.calibration);
     let windows = text::calibration_random(documents, &subject.tokenizer, count, length, seed)?;
     Ok(Calibration::new(windows.tokens, windows.length)?)
 }
 
-fn run(
+pub(crate) fn run(
     settings: &Settings,
     subject: &Subject,
     model: &Model,
@@ -210,7 +210,7 @@ fn run(
     Ok((value, outcome.layers))
 }
 
-fn perplexity(model: &Model, subject: &Subject) -> Result<f64> {
+pub(crate) fn perplexity(model: &Model, subject: &Subject) -> Result<f64> {
     let tokens = &subject.evaluation;
     Ok(eval::perplexity(model, tokens, subject.window, subject.window)?.perplexity)
 }

@@ -10,4 +10,5 @@ mod families;
 mod gptq;
 mod packed;
 mod refuse;
+mod rsq;
 mod survive;
