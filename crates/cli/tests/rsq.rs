@@ -32,8 +32,20 @@ impl Room {
 
     fn job<'a>(&'a self, out: &'a Path, more: &[&'a str]) -> Vec<&'a str> {
         let common = [
-            "-q", "quantize", arg(&self.model), "--method", "rsq", "--calibration", arg(&self.text),
-            "--samples", "6", "--sequence-length", "24", "--no-evaluate", "--out", arg(out),
+            "-q",
+            "quantize",
+            arg(&self.model),
+            "--method",
+            "rsq",
+            "--calibration",
+            arg(&self.text),
+            "--samples",
+            "6",
+            "--sequence-length",
+            "24",
+            "--no-evaluate",
+            "--out",
+            arg(out),
         ];
         [&common, more].concat()
     }
@@ -116,7 +128,8 @@ fn refusals_say_what_would_work() {
         (&["--expand", "0"], "--expand"),
     ] {
         let out = room.out("refused");
-        let (code, stdout, stderr) = run(&room.job(&out, &[&["--group-size", "16"], more].concat()));
+        let (code, stdout, stderr) =
+            run(&room.job(&out, &[&["--group-size", "16"], more].concat()));
         assert_eq!(code, 2, "{more:?}\n{stdout}{stderr}");
         assert!(stderr.contains(said), "{more:?}\n{stderr}");
         assert!(!out.exists(), "{more:?}");

@@ -267,8 +267,7 @@ pub fn quantize_set(
         let mut details = notes.clone();
         let quantized = match &factor {
             Some(factor) => {
-                let result =
-                    quantize(&name.module, &matrix, factor, &grid, grid_options, options)?;
+                let result = quantize(&name.module, &matrix, factor, &grid, grid_options, options)?;
                 details.insert("loss".into(), (result.loss / 2.0).into());
                 details.insert("damping".into(), factor.damping().into());
                 details.insert("dead_columns".into(), factor.dead_columns().into());

@@ -98,12 +98,9 @@ impl Plan {
                     let grid = if kept || !options.quantises() { None } else { Some(grid) };
                     if let Some(grid) = &grid {
                         check_shape(&name, grid, options)?;
-                        plan.bytes_after = plan.bytes_after.saturating_sub(saved(
-                            checkpoint,
-                            &name,
-                            grid,
-                            options.format,
-                        )?);
+                        plan.bytes_after = plan
+                            .bytes_after
+                            .saturating_sub(saved(checkpoint, &name, grid, options)?);
                         quantised += 1;
                     }
                     layers.push(LayerPlan { name, grid, sparsity: None });
@@ -148,6 +145,10 @@ fn patterns(texts: &[String]) -> Result<Vec<Pattern>> {
 
 fn check_shape(name: &Name, grid: &GridOptions, options: &QuantizeOptions) -> Result<()> {
     let (out, width) = (name.out_features(), name.in_features());
+    if options.method == crate::Method::Pvq {
+        options.pvq.layer(name, grid.bits, options.grid.bits)?;
+        return Ok(());
+    }
     // Ragged last groups exist only in ordinary weights, and AWQ's searches need whole groups.
     let whole = options.format != Format::Dequantized || options.method == crate::Method::Awq;
     if whole && grid.granularity == Granularity::Group {
@@ -172,11 +173,22 @@ fn check_shape(name: &Name, grid: &GridOptions, options: &QuantizeOptions) -> Re
 }
 
 /// Bytes that quantising `name` saves.
-fn saved(checkpoint: &Checkpoint, name: &Name, grid: &GridOptions, format: Format) -> Result<u64> {
+fn saved(
+    checkpoint: &Checkpoint,
+    name: &Name,
+    grid: &GridOptions,
+    options: &QuantizeOptions,
+) -> Result<u64> {
+    let format = options.format;
     if format == Format::Dequantized {
         return Ok(0);
     }
     let now = checkpoint.info(&name.weight())?.nbytes;
+    if options.method == crate::Method::Pvq {
+        let code = options.pvq.layer(name, grid.bits, options.grid.bits)?;
+        let weights = (name.out_features() * name.in_features()) as f64;
+        return Ok(now.saturating_sub((code.stored_bits_per_weight() * weights / 8.0) as u64));
+    }
     let (out, width) = (name.out_features() as f64, name.in_features() as f64);
     let groups = (width / effective_group(grid, name.in_features()) as f64).ceil();
     let zero_bits = if grid.symmetric && format == Format::CompressedTensors {

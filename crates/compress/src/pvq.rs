@@ -14,12 +14,13 @@
 use crate::block::{BlockJob, INPUT_POINTS, INPUT_STAGES, REPORT_TOKENS};
 use crate::gptq::{Factor, GptqOptions, OnFailure};
 use crate::grid::Matrix;
+use crate::options::{Format, QuantizeOptions};
 use crate::statistics::{Gram, InputStatistics, Statistics, Wanted};
 use crate::{Error, Result};
 use nn::{Name, Stage, Taps};
 use std::collections::BTreeMap;
 use store::packed::Stored;
-use store::packed::pyramid::{AmpMode, NormType, RotationInfo, RotationType};
+use store::packed::pyramid::{AmpMode, NormType, PyramidCode, RotationInfo, RotationType};
 use tensor::hadamard::Hadamard;
 use tensor::rotation::Rotation;
 
@@ -38,66 +39,66 @@ pub use measure::{Normality, index_entropy, normality};
 #[serde(default)]
 pub struct PvqOptions {
     /// Weights that share one direction and one length (D): 4, 8, 16 or 32, or any that divides the inputs
-    #[arg(long, default_value_t = 16)]
-    pub pvq_group: usize,
+    #[arg(id = "pvq-group", long = "pvq-group", default_value_t = 16)]
+    pub group: usize,
     /// Bits per weight for directions, fractions allowed; without it --bits (lengths and norms come on top)
-    #[arg(long, value_name = "BITS")]
-    pub pvq_rate: Option<f64>,
+    #[arg(id = "pvq-rate", long = "pvq-rate", value_name = "BITS")]
+    pub rate: Option<f64>,
     /// Pulses of a direction (K), instead of a rate
-    #[arg(long, value_name = "K")]
-    pub pvq_pulses: Option<usize>,
+    #[arg(id = "pvq-pulses", long = "pvq-pulses", value_name = "K")]
+    pub pulses: Option<usize>,
     /// Bits of a length
-    #[arg(long, default_value_t = 4)]
-    pub pvq_length_bits: u8,
+    #[arg(id = "pvq-length-bits", long = "pvq-length-bits", default_value_t = 4)]
+    pub length_bits: u8,
     /// How lengths are quantised
-    #[arg(long, value_enum, default_value_t = Levels::BetaLloyd)]
-    pub pvq_levels: Levels,
+    #[arg(id = "pvq-levels", long = "pvq-levels", value_enum, default_value_t = Levels::BetaLloyd)]
+    pub levels: Levels,
     /// Which length a group gets: cheapest under the Hessian, that of its projection, or its own
-    #[arg(long, value_enum, default_value_t = Length::Metric)]
-    pub pvq_length: Length,
+    #[arg(id = "pvq-length", long = "pvq-length", value_enum, default_value_t = Length::Metric)]
+    pub length: Length,
     /// Keep one code for the length 0, so that groups of zeros stay zero
-    #[arg(long)]
-    pub pvq_zero_length: bool,
+    #[arg(id = "pvq-zero-length", long = "pvq-zero-length")]
+    pub zero_length: bool,
     /// How directions are searched
-    #[arg(long, value_enum, default_value_t = Search::Auto)]
-    pub pvq_search: Search,
+    #[arg(id = "pvq-search", long = "pvq-search", value_enum, default_value_t = Search::Auto)]
+    pub search: Search,
     /// Move single pulses afterwards: while the angle shrinks, or while the Hessian's error does
-    #[arg(long, value_enum, default_value_t = Refine::None)]
-    pub pvq_refine: Refine,
+    #[arg(id = "pvq-refine", long = "pvq-refine", value_enum, default_value_t = Refine::None)]
+    pub refine: Refine,
     /// What makes the weights look like noise: a rotation of every layer's input, of the model as a whole, or nothing
-    #[arg(long, value_enum, default_value_t = Coherence::PerMatrix)]
-    pub pvq_rotation: Coherence,
+    #[arg(id = "pvq-rotation", long = "pvq-rotation", value_enum, default_value_t = Coherence::PerMatrix)]
+    pub rotation: Coherence,
     /// Seed of the rotations
-    #[arg(long, default_value_t = 0)]
-    pub pvq_rotation_seed: u64,
+    #[arg(id = "pvq-rotation-seed", long = "pvq-rotation-seed", default_value_t = 0)]
+    pub rotation_seed: u64,
     /// No calibration text and no error compensation
-    #[arg(long)]
-    pub pvq_data_free: bool,
+    #[arg(id = "pvq-data-free", long = "pvq-data-free")]
+    pub data_free: bool,
     /// Allow a smaller last group where the group does not divide the inputs
-    #[arg(long)]
-    pub pvq_ragged: bool,
+    #[arg(id = "pvq-ragged", long = "pvq-ragged")]
+    pub ragged: bool,
     /// Type of the norms of rows
-    #[arg(long, value_enum, default_value_t = Norms::F16)]
-    pub pvq_norms: Norms,
+    #[arg(id = "pvq-norms", long = "pvq-norms", value_enum, default_value_t = Norms::F16)]
+    pub norms: Norms,
 }
 
 impl Default for PvqOptions {
     fn default() -> Self {
         Self {
-            pvq_group: 16,
-            pvq_rate: None,
-            pvq_pulses: None,
-            pvq_length_bits: 4,
-            pvq_levels: Levels::BetaLloyd,
-            pvq_length: Length::Metric,
-            pvq_zero_length: false,
-            pvq_search: Search::Auto,
-            pvq_refine: Refine::None,
-            pvq_rotation: Coherence::PerMatrix,
-            pvq_rotation_seed: 0,
-            pvq_data_free: false,
-            pvq_ragged: false,
-            pvq_norms: Norms::F16,
+            group: 16,
+            rate: None,
+            pulses: None,
+            length_bits: 4,
+            levels: Levels::BetaLloyd,
+            length: Length::Metric,
+            zero_length: false,
+            search: Search::Auto,
+            refine: Refine::None,
+            rotation: Coherence::PerMatrix,
+            rotation_seed: 0,
+            data_free: false,
+            ragged: false,
+            norms: Norms::F16,
         }
     }
 }
@@ -243,41 +244,50 @@ impl Search {
 impl PvqOptions {
     /// Whether the method looks at activations.
     pub fn calibrates(&self) -> bool {
-        !self.pvq_data_free
+        !self.data_free
     }
 
     /// Refuses options that contradict each other.
     ///
     /// # Errors
     /// [`Error::Options`] with what would work.
-    pub fn check(&self, gptq: &GptqOptions) -> Result<()> {
+    pub fn check(&self, job: &QuantizeOptions) -> Result<()> {
         let refuse = |reason: String| Err(Error::Options(reason));
-        if self.pvq_rate.is_some() && self.pvq_pulses.is_some() {
+        if !matches!(job.format, Format::Strata | Format::Dequantized) {
+            return refuse(
+                "no other tool's format holds pyramid codes: use --format strata, or dequantized"
+                    .into(),
+            );
+        }
+        if self.calibrates() {
+            job.gptq.check(&job.grid)?;
+        }
+        if self.rate.is_some() && self.pulses.is_some() {
             return refuse("give --pvq-rate or --pvq-pulses, not both".into());
         }
-        if self.pvq_rate.is_some_and(|rate| !(rate > 0.0 && rate.is_finite())) {
+        if self.rate.is_some_and(|rate| !(rate > 0.0 && rate.is_finite())) {
             return refuse("--pvq-rate must be a positive number of bits per weight".into());
         }
-        if self.pvq_length_bits > tensor::pyramid::MAX_AMPLITUDE_BITS {
+        if self.length_bits > tensor::pyramid::MAX_AMPLITUDE_BITS {
             return refuse(format!(
                 "--pvq-length-bits {} is more than {}; use --pvq-levels fp16 for exact lengths",
-                self.pvq_length_bits,
+                self.length_bits,
                 tensor::pyramid::MAX_AMPLITUDE_BITS
             ));
         }
-        if self.pvq_zero_length && self.pvq_length_bits == 0 && self.pvq_levels != Levels::Fp16 {
+        if self.zero_length && self.length_bits == 0 && self.levels != Levels::Fp16 {
             return refuse(
                 "--pvq-zero-length needs a code: give --pvq-length-bits 1 or more".into(),
             );
         }
-        if gptq.act_order && self.calibrates() {
+        if job.gptq.act_order && self.calibrates() {
             return refuse(
                 "--act-order would tear apart the neighbouring columns that pvq codes together: \
                  leave it out"
                     .into(),
             );
         }
-        if self.pvq_data_free && self.pvq_refine == Refine::Metric {
+        if self.data_free && self.refine == Refine::Metric {
             return refuse(
                 "--pvq-refine metric needs calibration: use --pvq-refine angle, or leave out \
                  --pvq-data-free"
@@ -287,11 +297,36 @@ impl PvqOptions {
         Ok(())
     }
 
+    /// How a layer is coded: a layer with `bits` of its own, other than the `common` ones, takes them as
+    /// its rate.
+    ///
+    /// # Errors
+    /// As [`layer_code`].
+    pub fn layer(&self, name: &Name, bits: u8, common: u8) -> Result<PyramidCode> {
+        let own = bits != common;
+        let rate = self.rate.filter(|_| !own).unwrap_or(f64::from(bits));
+        let pulses = self.pulses.filter(|_| !own);
+        layer_code(&name.module, name.shape, self, rate, pulses)
+    }
+
+    /// How finely layers are coded, in words.
+    pub fn precision(&self, bits: u8) -> String {
+        let lengths = match self.levels {
+            Levels::Fp16 => 16,
+            _ => self.length_bits,
+        };
+        let of_lengths = format!("{lengths} for the length of every {} weights", self.group);
+        match self.pulses {
+            Some(pulses) => format!("{pulses} pulses + {of_lengths}"),
+            None => format!("{} bits + {of_lengths}", self.rate.unwrap_or(f64::from(bits))),
+        }
+    }
+
     /// The rotation of layers with `width` inputs, if there is one for each layer: a Hadamard matrix of
     /// the whole width where there is one; else a random matrix up to [`LARGEST_RANDOM`] inputs; else
     /// the largest Hadamard matrix whose order divides the width, for one run of inputs after another.
     pub fn rotation(&self, width: usize) -> Option<RotationInfo> {
-        if self.pvq_rotation != Coherence::PerMatrix || width < 2 {
+        if self.rotation != Coherence::PerMatrix || width < 2 {
             return None;
         }
         let hadamard = |order: &usize| Hadamard::new(*order).is_some();
@@ -303,7 +338,7 @@ impl PvqOptions {
             let divisors = (2..=width).rev().filter(|d| width.is_multiple_of(*d));
             (RotationType::Hadamard, divisors.into_iter().find(hadamard)?)
         };
-        Some(RotationInfo { kind, order, seed: self.pvq_rotation_seed })
+        Some(RotationInfo { kind, order, seed: self.rotation_seed })
     }
 }
 
@@ -311,12 +346,8 @@ impl PvqOptions {
 pub const LARGEST_RANDOM: usize = 1024;
 
 /// Quantises every planned layer of a block, set after set in the order in which they compute.
-pub fn quantize_block(
-    job: &mut BlockJob<'_>,
-    options: &PvqOptions,
-    gptq: &GptqOptions,
-    bits: u8,
-) -> Result<()> {
+pub(crate) fn quantize_block(job: &mut BlockJob<'_>, all: &QuantizeOptions) -> Result<()> {
+    let (options, gptq) = (&all.pvq, &all.gptq);
     for (set, layers) in job.sets.iter().enumerate() {
         let planned = layers.iter().filter_map(|layer| Some((&layer.name, layer.grid.as_ref()?)));
         let planned: Vec<_> = planned.collect();
@@ -345,11 +376,7 @@ pub fn quantize_block(
             None => None,
         };
         for (name, grid) in planned {
-            // A layer with bits of its own takes them as its rate.
-            let rate = options.pvq_rate.filter(|_| grid.bits == bits);
-            let rate = rate.unwrap_or(f64::from(grid.bits));
-            let pulses = options.pvq_pulses.filter(|_| grid.bits == bits);
-            let code = layer_code(&name.module, name.shape, options, rate, pulses)?;
+            let code = options.layer(name, grid.bits, all.grid.bits)?;
             let original = job.matrix(name)?;
             let mut matrix = original.clone();
             if let Some(turn) = &turn {

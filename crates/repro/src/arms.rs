@@ -178,7 +178,11 @@ pub fn measure(
 }
 
 /// Calibration windows: 32 random ones of 128 tokens (16 when fast).
-pub(crate) fn calibration(settings: &Settings, subject: &Subject, seed: u64) -> Result<Calibration> {
+pub(crate) fn calibration(
+    settings: &Settings,
+    subject: &Subject,
+    seed: u64,
+) -> Result<Calibration> {
     let count = if settings.fast { 16 } else { 32 };
     let (length, documents) = (subject.window, &subject.calibration);
     let windows = text::calibration_random(documents, &subject.tokenizer, count, length, seed)?;

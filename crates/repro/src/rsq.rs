@@ -338,7 +338,8 @@ fn rotation_helps(measured: &[Measured]) -> Claim {
     };
     Claim {
         slug: "rsq".into(),
-        claim: "planted, 3 bits: rotation + GPTQ < GPTQ by more than the spread of the seeds".into(),
+        claim: "planted, 3 bits: rotation + GPTQ < GPTQ by more than the spread of the seeds"
+            .into(),
         measured: arms_json(&here, Arm::RotatedGptq),
         baselines: json!({
             "gptq": arms_json(&here, Arm::Gptq),

@@ -1,10 +1,12 @@
 //! Encode and decode throughput of pyramid codes by dimension and pulses, on one thread:
-//! `cargo run --release -p strata-tensor --example pyramid`. Million weights per second; the decoded
-//! matrix is 2048 x 4096, larger than the caches.
+//! `cargo run --release -p strata-tensor --example pyramid [THREADS]`. Million weights per second; the
+//! decoded matrix is 2048 x 4096, larger than the caches. The last lines are the grid kernels on the
+//! same shape.
 
 use std::hint::black_box;
 use std::time::Instant;
 use strata_tensor::Rng;
+use strata_tensor::lowbit::LowBit;
 use strata_tensor::pyramid::{AmplitudeMode, Code, Codec, PyramidWeights, Search};
 
 const ROWS: usize = 2048;
@@ -59,7 +61,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         };
         let codec = Codec::new(code)?;
         let some = &rows[..ROWS / 8 * WIDTH];
-        let mut encode = |search| {
+        let encode = |search| {
             rate(some.len(), || {
                 black_box(codec.encode(some, &norms[..ROWS / 8], search, false, true).is_ok());
             })
@@ -79,5 +81,22 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
              {product:9.0} {bytes:9.2}"
         );
     }
+    for bits in [2, 3, 4] {
+        let groups = ROWS * WIDTH / 64;
+        let codes: Vec<u8> = (0..ROWS * WIDTH).map(|i| (i * 7 % (1 << bits)) as u8).collect();
+        let (scales, zeros) = (vec![0.5; groups], vec![1.0; groups]);
+        let grid = LowBit::new(bits, ROWS, WIDTH, 64, &codes, &scales, &zeros, None)?;
+        let decode = rate(rows.len(), || {
+            black_box(grid.dequantize());
+        });
+        let mut y = vec![0f32; ROWS];
+        let product = rate(rows.len(), || grid.linear(&x, 1, None, black_box(&mut y)));
+        println!(
+            "grid, {bits} bits in groups of 64: {decode:.0} to f32, {product:.0} in a product \
+             ({:.2} GB/s)",
+            product * grid.bytes() as f64 / rows.len() as f64 / 1e3
+        );
+    }
+    println!("copying memory: {:.1} GB/s", strata_tensor::copy_bandwidth());
     Ok(())
 }

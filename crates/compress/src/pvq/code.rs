@@ -46,7 +46,7 @@ pub fn layer_code(
     pulses: Option<usize>,
 ) -> Result<PyramidCode> {
     let width = shape[1];
-    let dimension = options.pvq_group;
+    let dimension = options.group;
     if dimension == 0 || dimension > width {
         return Err(Error::layer(
             layer,
@@ -54,7 +54,7 @@ pub fn layer_code(
         ));
     }
     let rest = width % dimension;
-    if rest != 0 && !options.pvq_ragged {
+    if rest != 0 && !options.ragged {
         let fitting = [64usize, 32, 16, 8, 4, 2].into_iter().filter(|d| width.is_multiple_of(*d));
         let fitting: Vec<String> = fitting.map(|d| d.to_string()).collect();
         return Err(Error::layer(
@@ -111,18 +111,17 @@ pub fn layer_code(
         pulses,
         index_bits: lattice.index_bits(),
         tail,
-        amp_bits: options.pvq_length_bits,
-        amp_mode: options.pvq_levels.stored(),
-        amp_zero: options.pvq_zero_length,
-        norm: options.pvq_norms.stored(),
+        amp_bits: options.length_bits,
+        amp_mode: options.levels.stored(),
+        amp_zero: options.zero_length,
+        norm: options.norms.stored(),
         rotation: options.rotation(width),
     })
 }
 
 /// Whether the rate stops at 128 bits rather than at what was asked for.
 fn beyond(dimension: usize, pulses: usize, rate: f64) -> bool {
-    tensor::pyramid::count(dimension, pulses + 1).is_none()
-        && rate * dimension as f64 > 128.0
+    tensor::pyramid::count(dimension, pulses + 1).is_none() && rate * dimension as f64 > 128.0
 }
 
 /// Codes `matrix` (`[out, in]`, already turned by the rotation of `code`), with error compensation
@@ -140,7 +139,7 @@ pub fn quantize(
     matrix.check_finite(layer)?;
     let named = |e: tensor::Error| Error::layer(layer, e.to_string());
     let codec = Codec::new(pyramid_code(code)).map_err(named)?;
-    let norms = norms(layer, matrix, options.pvq_norms)?;
+    let norms = norms(layer, matrix, options.norms)?;
     let (out, width, groups) = (matrix.out_features, matrix.in_features, codec.groups());
     let (mut points, mut lengths) = (vec![0i16; out * width], vec![0u16; out * groups]);
     let mut zero_groups = 0;
@@ -164,14 +163,13 @@ pub fn quantize(
             loss = Some(sweep(matrix, factor, &quantizer, &mut states, rows, &sweep_options));
         }
         None => {
-            let projection = options.pvq_length != Length::Norm;
-            let refined = options.pvq_refine != Refine::None;
-            let search = options.pvq_search.engine();
-            let encoded = codec
-                .encode(&matrix.values, &norms, search, refined, projection)
-                .map_err(named)?;
+            let projection = options.length != Length::Norm;
+            let refined = options.refine != Refine::None;
+            let search = options.search.engine();
+            let encoded =
+                codec.encode(&matrix.values, &norms, search, refined, projection).map_err(named)?;
             zero_groups += encoded.zero_groups;
-            let streams = (&encoded.index, &encoded.amplitude);
+            let streams = (&encoded.index[..], &encoded.amplitude[..]);
             unpack(&codec, streams, &mut points, &mut lengths);
         }
     }
@@ -294,8 +292,8 @@ impl<'a> ColumnQuantizer for Groups<'a> {
         let group = columns.position / self.step();
         let part = self.codec.part(group);
         let options = self.options;
-        let metric = (options.pvq_length == Length::Metric || options.pvq_refine == Refine::Metric)
-            .then(|| {
+        let metric =
+            (options.length == Length::Metric || options.refine == Refine::Metric).then(|| {
                 let entry = |at: usize| {
                     let (i, j) = (at / d, at % d);
                     if i <= j { columns.upper(i, j) } else { 0.0 }
@@ -311,20 +309,20 @@ impl<'a> ColumnQuantizer for Groups<'a> {
                 v[..count].copy_from_slice(&column[first..first + count]);
                 v[count..].fill(0.0);
             }
-            let search = options.pvq_search.engine();
+            let search = options.search.engine();
             search_lanes(search, &v, part.lattice.pulses(), &mut found, &mut scratch);
             for lane in 0..count {
                 let row = first + lane;
                 for j in 0..d {
                     (x[j], y[j]) = (v[j][lane], found[j][lane] as i16);
                 }
-                match (options.pvq_refine, &metric) {
+                match (options.refine, &metric) {
                     (Refine::None, _) => {}
                     (Refine::Metric, Some(metric)) => refine_under(metric, &x, &mut y),
                     _ => refine(&x, &mut y),
                 }
                 let squared: i32 = y.iter().map(|y| i32::from(*y) * i32::from(*y)).sum();
-                let length = match (options.pvq_length, &metric) {
+                let length = match (options.length, &metric) {
                     (Length::Metric, Some(metric)) => amplitude_under(metric, &x, &y),
                     (Length::Norm, _) => x.iter().map(|x| x * x).sum::<f32>().sqrt(),
                     _ => {

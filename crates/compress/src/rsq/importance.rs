@@ -216,9 +216,8 @@ mod tests {
             [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.2, 0.3, 0.5]],
             [[1.0, 0.0, 0.0], [0.9, 0.1, 0.0], [0.6, 0.2, 0.2]],
         ];
-        let scores: Vec<f64> = (0..3)
-            .map(|key| heads.iter().flatten().map(|row| row[key]).sum())
-            .collect();
+        let scores: Vec<f64> =
+            (0..3).map(|key| heads.iter().flatten().map(|row| row[key]).sum()).collect();
         close(&scores, &[4.2, 1.1, 0.7], 1e-12);
         assert!((scores.iter().sum::<f64>() - 6.0).abs() < 1e-12);
         let w = weights(&scores, 0.01, 1.0).unwrap();

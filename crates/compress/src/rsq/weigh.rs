@@ -121,10 +121,8 @@ fn attention(
 /// The residual stream leaving the block, computed with its weights as they are.
 fn output(job: &BlockJob<'_>, batch: usize, geometry: Batch, resid: Vec<f32>) -> Result<Vec<f32>> {
     let rows = geometry.rows();
-    let mut state = BlockState {
-        resid: job.tensor(resid, rows),
-        x: job.tensor(job.branch.get(batch)?, rows),
-    };
+    let mut state =
+        BlockState { resid: job.tensor(resid, rows), x: job.tensor(job.branch.get(batch)?, rows) };
     let mut context = Context::new(geometry);
     for stage in Stage::ALL.into_iter().skip(1) {
         let mut taps = Taps::none();

@@ -69,10 +69,8 @@ fn eight_bits_after_rotating_are_close_in_every_format() {
             let scratch = Scratch::new();
             let (input, out) = (scratch.path("in"), scratch.path("out"));
             tiny_checkpoint(&input, family, 3).unwrap();
-            let options = QuantizeOptions {
-                rsq: RsqOptions::default(),
-                ..options(Method::Rsq, format, 8)
-            };
+            let options =
+                QuantizeOptions { rsq: RsqOptions::default(), ..options(Method::Rsq, format, 8) };
             quantize(&input, &out, &options, &calibration(8, 16, 1));
             let off = distance(&logits(&out), &logits(&input));
             assert!(off < 0.03, "{family:?} {format:?}: {off}");

@@ -116,9 +116,13 @@ impl Lattice {
     fn wide_steps<P: Pulse>(&self, rest: &mut u128, left: &mut usize, y: &mut [P]) {
         let (width, counts) = (PAD + self.pulses, self.pulses + 1);
         for l in (self.narrow..self.dimension).rev() {
-            let row = &self.wide_sums[(l - self.narrow) * width + PAD..][..*left];
-            let m = row.partition_point(|sum| sum < rest);
-            let below = if m > 0 { row[m - 1] } else { 0 };
+            let row = &self.wide_sums[(l - self.narrow) * width..][..PAD + *left];
+            // Magnitudes are small: m is near the pulses that were left.
+            let mut m = *left;
+            while m > 0 && row[PAD + m - 1] >= *rest {
+                m -= 1;
+            }
+            let below = row[PAD + m - 1];
             let points = self.wide_counts[(l - self.narrow) * counts + m];
             let x = rest.wrapping_sub(below);
             let magnitude = (*left - m) as i32;
@@ -185,7 +189,14 @@ impl Lattice {
             match isa {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: detected.
-                Isa::Avx512 if n == BATCH => unsafe { self.lockstep_wide(&mut rest, &mut left, y) },
+                Isa::Avx512 if n == BATCH => unsafe {
+                    // One window holds the magnitudes up to 7.
+                    if self.pulses <= 2 * d {
+                        self.lockstep::<P, 1>(&mut rest, &mut left, y);
+                    } else {
+                        self.lockstep::<P, 2>(&mut rest, &mut left, y);
+                    }
+                },
                 _ => {
                     for (g, y) in y.chunks_exact_mut(d).enumerate() {
                         self.end(d, &mut rest[g], &mut left[g], y);
@@ -226,37 +237,42 @@ impl Lattice {
         }
     }
 
-    /// [`BATCH`] points in lockstep: the row is searched eight entries at a time.
+    /// [`BATCH`] points in lockstep: rows are searched in `W` windows of eight entries at once.
     ///
     /// # Safety
     /// AVX-512 F and VL, popcnt.
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,popcnt,bmi1,bmi2")]
-    unsafe fn lockstep_wide<P: Pulse>(
+    unsafe fn lockstep<P: Pulse, const W: usize>(
         &self,
         rest: &mut [u64; BATCH],
         left: &mut [usize; BATCH],
         y: &mut [P],
     ) {
         use std::arch::x86_64::{_mm512_cmplt_epu64_mask, _mm512_loadu_epi64, _mm512_set1_epi64};
+        const { assert!(8 * W <= PAD) };
         let d = self.dimension;
         assert!(y.len() == BATCH * d && left.iter().all(|&k| k <= self.pulses));
         let (width, counts) = (PAD + self.pulses, self.pulses + 1);
         for l in (self.last..self.narrow).rev() {
             let row = &self.sums[l * width..(l + 1) * width];
             let points = &self.counts[l * counts..(l + 1) * counts];
+            let place = d - 1 - l;
             for g in 0..BATCH {
                 let (k, r) = (left[g], rest[g]);
-                // SAFETY: k <= K, so that entries k .. k + 8 lie in the row of 8 + K.
-                let window = unsafe { _mm512_loadu_epi64(row.as_ptr().add(k).cast()) };
-                let below = _mm512_cmplt_epu64_mask(window, _mm512_set1_epi64(r as i64));
+                let mut below = 0;
+                for w in 0..W {
+                    // SAFETY: k <= K: entries up to PAD + k - 1 of a row of PAD + K.
+                    let window = unsafe {
+                        _mm512_loadu_epi64(row.as_ptr().add(PAD - 8 * W + 8 * w + k).cast())
+                    };
+                    let mask = _mm512_cmplt_epu64_mask(window, _mm512_set1_epi64(r as i64));
+                    below += mask.count_ones() as usize;
+                }
                 // The entries below r come first; those before the row are 0 and always below.
-                let mut m = (k + below.count_ones() as usize).wrapping_sub(8);
+                let mut m = (k + below).wrapping_sub(8 * W);
                 if below == 0 {
-                    m = k.saturating_sub(8);
-                    while m > 0 && row[PAD + m - 1] >= r {
-                        m -= 1;
-                    }
+                    m = search_down(row, k.saturating_sub(8 * W), r);
                 }
                 // SAFETY: m <= k <= K, and PAD entries precede the row.
                 let (sum, n) = unsafe {
@@ -269,8 +285,8 @@ impl Lattice {
                 left[g] = m;
                 let magnitude = (k - m) as i32;
                 let value = if positive { magnitude } else { -magnitude };
-                // SAFETY: y holds BATCH * d places, l < d.
-                unsafe { *y.get_unchecked_mut(g * d + d - 1 - l) = P::of(value) };
+                // SAFETY: y holds BATCH * d places.
+                unsafe { *y.get_unchecked_mut(g * d + place) = P::of(value) };
             }
         }
         for (g, y) in y.chunks_exact_mut(d).enumerate() {
@@ -287,6 +303,18 @@ impl Lattice {
         (0..points)
             .find(|p| bits::read(stream, first_bit + p * width as usize, width) >= self.count)
     }
+}
+
+/// The pulses behind a coordinate whose magnitude no window holds: at most `from`.
+#[cfg(target_arch = "x86_64")]
+#[cold]
+#[inline(never)]
+fn search_down(row: &[u64], from: usize, r: u64) -> usize {
+    let mut m = from;
+    while m > 0 && row[PAD + m - 1] >= r {
+        m -= 1;
+    }
+    m
 }
 
 const _: () = assert!(LAST == 4, "endings are packed as four bytes");

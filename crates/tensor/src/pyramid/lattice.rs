@@ -13,9 +13,9 @@ pub const MAX_DIMENSION: usize = 4096;
 /// Most pulses of a group: squared norms stay exact in f32.
 pub const MAX_PULSES: usize = 4095;
 
-/// Entries that are 0 in front of every row of doubled sums, so that a window of eight entries may
+/// Entries that are 0 in front of every row of doubled sums, so that two windows of eight entries may
 /// begin before the row.
-pub(super) const PAD: usize = 8;
+pub(super) const PAD: usize = 16;
 /// Coordinates at the end of a vector that are read from a table at once.
 pub(super) const LAST: usize = 4;
 /// Largest number of entries of that table.
