@@ -98,12 +98,9 @@ impl Plan {
                     let grid = if kept || !options.quantises() { None } else { Some(grid) };
                     if let Some(grid) = &grid {
                         check_shape(&name, grid, options)?;
-                        plan.bytes_after = plan.bytes_after.saturating_sub(saved(
-                            checkpoint,
-                            &name,
-                            grid,
-                            options.format,
-                        )?);
+                        plan.bytes_after = plan
+                            .bytes_after
+                            .saturating_sub(saved(checkpoint, &name, grid, options)?);
                         quantised += 1;
                     }
                     layers.push(LayerPlan { name, grid, sparsity: None });
@@ -155,6 +152,10 @@ pub(crate) fn check_shape(
     grid: &GridOptions,
     options: &QuantizeOptions,
 ) -> Result<()> {
+    if options.method == crate::Method::Pvq {
+        options.pvq.layer(name, grid.bits, options.grid.bits)?;
+        return Ok(());
+    }
     let width = name.in_features();
     // Formats of other tools and AWQ's searches need whole groups.
     let ragged = matches!(options.format, Format::Dequantized | Format::Strata);
@@ -185,8 +186,18 @@ pub(crate) fn stored_shape(name: &Name, grid: &GridOptions) -> QuantizedMatrix {
 }
 
 /// Bytes that quantising `name` saves.
-fn saved(checkpoint: &Checkpoint, name: &Name, grid: &GridOptions, format: Format) -> Result<u64> {
-    let Some(layout) = format.layout() else { return Ok(0) };
+fn saved(
+    checkpoint: &Checkpoint,
+    name: &Name,
+    grid: &GridOptions,
+    options: &QuantizeOptions,
+) -> Result<u64> {
+    let Some(layout) = options.format.layout() else { return Ok(0) };
     let now = checkpoint.info(&name.weight())?.nbytes;
+    if options.method == crate::Method::Pvq {
+        let code = options.pvq.layer(name, grid.bits, options.grid.bits)?;
+        let weights = (name.out_features() * name.in_features()) as f64;
+        return Ok(now.saturating_sub((code.stored_bits_per_weight() * weights / 8.0) as u64));
+    }
     Ok(now.saturating_sub(store::packed::stored_bytes(layout, &stored_shape(name, grid))))
 }
