@@ -136,6 +136,7 @@ impl Decoder {
             block: None,
             transposed: false,
             shape,
+            kernel: None,
             bias: role == Role::FinalNorm && c.norm == NormKind::Layer,
             plus_one: role == Role::FinalNorm && c.norm == NormKind::RmsPlusOne,
         };
@@ -252,6 +253,7 @@ fn block_names(c: &DecoderConfig, prefix: &str, i: usize) -> BlockNames {
         block: Some(i),
         transposed: c.transposed,
         shape,
+        kernel: None,
         bias,
         plus_one: false,
     };

@@ -1,19 +1,16 @@
 //! The tensors of a network and their values before training.
 
-use nn::{Decoder, Name, Role};
+use nn::{Decoder, Name, Network, Role};
 use tensor::rng::Rng;
 
 /// Standard deviation of fresh matrices (GPT-2, Llama: `initializer_range`).
 pub const INITIALIZER_RANGE: f32 = 0.02;
 
 /// Names and stored shapes of all tensors of a network, in the order of computation.
-pub fn tensors(decoder: &Decoder) -> Vec<(String, Vec<usize>)> {
+pub fn tensors(network: &dyn Network) -> Vec<(String, Vec<usize>)> {
     let mut all = Vec::new();
-    for name in decoder.all_names() {
-        all.push((name.weight(), name.stored_shape()));
-        if let Some(bias) = name.bias_name() {
-            all.push((bias, vec![name.shape[0]]));
-        }
+    for name in network.modules() {
+        all.extend(name.leaves().into_iter().map(|leaf| (name.tensor(leaf), name.leaf_shape(leaf))));
     }
     all
 }
