@@ -9,6 +9,7 @@
 //! Evaluation and reports are not here: a job with its before and after is `recipe`'s.
 
 pub mod activations;
+pub mod allocate;
 pub mod awq;
 pub mod block;
 pub mod calibration;
