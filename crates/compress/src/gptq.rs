@@ -18,7 +18,7 @@ use crate::{Error, Result};
 use nn::{Stage, Taps};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
-use store::packed::QuantizedMatrix;
+use store::packed::{QuantizedMatrix, Stored};
 use tensor::kernels::{Matrix as View, Output, matmul_serial};
 use tensor::linalg::Precision;
 
@@ -356,7 +356,7 @@ pub fn quantize_block(job: &mut BlockJob<'_>, options: &GptqOptions) -> Result<(
                 }
             };
             let sample = collected.sample.as_ref();
-            job.hand_in(name, grid_options, &matrix, quantized, sample, details)?;
+            job.hand_in(name, &matrix, Stored::Grid(quantized), sample, details)?;
         }
     }
     job.run_stage(Stage::Contract, &mut Taps::none())
