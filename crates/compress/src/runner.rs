@@ -549,20 +549,7 @@ impl Walk<'_> {
                 writer.put_json("quantize_config.json", &json)?;
             }
         }
-        let own = [
-            "config.json",
-            "quantize_config.json",
-            "strata.json",
-            "report.html",
-            "report.json",
-            "losses.jsonl",
-        ];
-        let directory = checkpoint.directory();
-        if checkpoint.gguf_metadata().is_some() {
-            self.write_gguf_tokenizer(writer)?;
-        } else if directory.join("config.json").is_file() {
-            writer.carry(directory, &own)?;
-        }
+        carry(writer, checkpoint)?;
         writer.put_json("config.json", &config)?;
         let mut record = serde_json::json!({
             "strata": env!("CARGO_PKG_VERSION"),
@@ -586,20 +573,40 @@ impl Walk<'_> {
         writer.put_json("strata.json", &record)?;
         Ok(())
     }
+}
 
-    /// A GGUF file holds its tokenizer inside; other containers need it as files.
-    fn write_gguf_tokenizer(&self, writer: &mut Writer) -> Result<()> {
-        let tokenizer = data::Tokenizer::from_checkpoint(self.source.checkpoint)?;
-        let mut config = serde_json::Map::new();
-        config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
-        for (key, id) in [("bos_token", tokenizer.bos()), ("eos_token", tokenizer.eos())] {
-            if let Some(text) = id.and_then(|id| tokenizer.token_text(id)) {
-                config.insert(key.into(), text.into());
-            }
-        }
-        writer.put_file("tokenizer.json", tokenizer.to_json()?.as_bytes())?;
-        Ok(writer.put_json("tokenizer_config.json", &config.into())?)
+/// Copies what lies beside the weights (tokenizer, generation settings, licence, ...) except what a
+/// job writes itself: `config.json` and its own records.
+pub(crate) fn carry(writer: &mut Writer, checkpoint: &Checkpoint) -> Result<()> {
+    let own = [
+        "config.json",
+        "quantize_config.json",
+        "strata.json",
+        "report.html",
+        "report.json",
+        "losses.jsonl",
+    ];
+    let directory = checkpoint.directory();
+    if checkpoint.gguf_metadata().is_some() {
+        write_gguf_tokenizer(writer, checkpoint)?;
+    } else if directory.join("config.json").is_file() {
+        writer.carry(directory, &own)?;
     }
+    Ok(())
+}
+
+/// A GGUF file holds its tokenizer inside; other containers need it as files.
+fn write_gguf_tokenizer(writer: &mut Writer, checkpoint: &Checkpoint) -> Result<()> {
+    let tokenizer = data::Tokenizer::from_checkpoint(checkpoint)?;
+    let mut config = serde_json::Map::new();
+    config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
+    for (key, id) in [("bos_token", tokenizer.bos()), ("eos_token", tokenizer.eos())] {
+        if let Some(text) = id.and_then(|id| tokenizer.token_text(id)) {
+            config.insert(key.into(), text.into());
+        }
+    }
+    writer.put_file("tokenizer.json", tokenizer.to_json()?.as_bytes())?;
+    Ok(writer.put_json("tokenizer_config.json", &config.into())?)
 }
 
 fn boundary_path(scratch: &Path, index: usize) -> PathBuf {

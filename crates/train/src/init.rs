@@ -10,7 +10,9 @@ pub const INITIALIZER_RANGE: f32 = 0.02;
 pub fn tensors(network: &dyn Network) -> Vec<(String, Vec<usize>)> {
     let mut all = Vec::new();
     for name in network.modules() {
-        all.extend(name.leaves().into_iter().map(|leaf| (name.tensor(leaf), name.leaf_shape(leaf))));
+        all.extend(
+            name.leaves().into_iter().map(|leaf| (name.tensor(leaf), name.leaf_shape(leaf))),
+        );
     }
     all
 }

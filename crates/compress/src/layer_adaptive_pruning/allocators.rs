@@ -4,7 +4,6 @@
 //! All of them count in *survivors*: a layer that is sparse already brings what it still has, so
 //! that the same functions serve one-shot and iterative pruning.
 
-use super::masks::Ranking;
 use crate::{Error, Result};
 
 /// A layer as allocators see it.
@@ -37,9 +36,7 @@ fn available(layers: &[Layer<'_>]) -> u64 {
 /// Refuses a target that asks for weights that are not there.
 fn check(layers: &[Layer<'_>], keep: u64) -> Result<()> {
     if layers.is_empty() {
-        return Err(Error::Options(
-            "no layer is left to prune; loosen --only or --exclude".into(),
-        ));
+        return Err(Error::Options("no layer is left to prune; loosen --only or --exclude".into()));
     }
     let there = available(layers);
     if keep > there {
@@ -60,9 +57,8 @@ pub fn uniform(layers: &[Layer<'_>], keep: u64) -> Result<Vec<usize>> {
     check(layers, keep)?;
     let there = available(layers);
     let amount = 1.0 - keep as f64 / there.max(1) as f64;
-    let keep = |l: &Layer<'_>| {
-        l.available - (amount * l.available as f64).round_ties_even() as usize
-    };
+    let keep =
+        |l: &Layer<'_>| l.available - (amount * l.available as f64).round_ties_even() as usize;
     Ok(layers.iter().map(keep).collect())
 }
 
@@ -130,9 +126,8 @@ pub fn erk(layers: &[Layer<'_>], keep: u64) -> Result<Vec<usize>> {
         // than one weight per layer, and then nothing is left for the others.
         let share = keep.saturating_sub(held) as f64;
         let weight: f64 = open().map(|l| l.dimensions as f64).sum();
-        let survivors = |l: &Layer<'_>| {
-            (share * l.dimensions as f64 / weight.max(1.0)).round_ties_even()
-        };
+        let survivors =
+            |l: &Layer<'_>| (share * l.dimensions as f64 / weight.max(1.0)).round_ties_even();
         let ratio = |l: &Layer<'_>| match (survivors(l), l.available) {
             (s, 0) if s > 0.0 => f64::INFINITY,
             (_, 0) => 0.0,
@@ -178,50 +173,27 @@ pub fn lamp_scores(sorted: &[f32]) -> Vec<f64> {
     scores
 }
 
-/// One threshold on the LAMP score over all layers: the `keep` largest stay. The largest weight of
-/// every layer scores 1, so no layer dies while `keep` is at least the number of layers.
+/// Magnitudes of a layer in the order of its ranking: the scores of global magnitude pruning.
+pub fn magnitudes(sorted: &[f32]) -> Vec<f64> {
+    sorted.iter().map(|v| f64::from(v.abs())).collect()
+}
+
+/// One threshold over all layers: keeps the `keep` largest of their scores, which rise in the order
+/// of a layer's ranking and are not negative; equal scores at the threshold go in the order of the
+/// layers. With [`lamp_scores`] the largest weight of every layer scores 1, so that no layer dies
+/// while `keep` is at least the number of layers.
 ///
 /// # Errors
 /// As [`uniform`].
-pub fn lamp(layers: &[Layer<'_>], weights: &[(&Ranking, &[f32])], keep: u64) -> Result<Vec<usize>> {
+pub fn by_threshold(layers: &[Layer<'_>], scores: &[Vec<f64>], keep: u64) -> Result<Vec<usize>> {
     check(layers, keep)?;
-    let scores: Vec<Vec<f64>> =
-        weights.iter().map(|(ranking, values)| lamp_scores(&ranking.sorted(values))).collect();
-    Ok(by_threshold(layers, &scores, keep))
-}
-
-/// One threshold on the magnitude over all layers: the `keep` largest stay.
-///
-/// # Errors
-/// As [`uniform`].
-pub fn global(
-    layers: &[Layer<'_>],
-    weights: &[(&Ranking, &[f32])],
-    keep: u64,
-) -> Result<Vec<usize>> {
-    check(layers, keep)?;
-    let magnitudes: Vec<Vec<f64>> = weights
-        .iter()
-        .map(|(ranking, values)| {
-            ranking.sorted(values).into_iter().map(|v| f64::from(v.abs())).collect()
-        })
-        .collect();
-    Ok(by_threshold(layers, &magnitudes, keep))
-}
-
-/// Keeps the `keep` largest of the scores of all layers. `scores` rise within a layer and are not
-/// negative; equal scores at the threshold go in the order of the layers.
-fn by_threshold(layers: &[Layer<'_>], scores: &[Vec<f64>], keep: u64) -> Vec<usize> {
     let pruned: u64 = layers.iter().map(|l| l.pruned() as u64).sum();
     let total: u64 = layers.iter().map(|l| l.total as u64).sum();
     let drop = total - keep;
     // What is pruned already stays so, whatever training made of the value under its mask.
-    let open: Vec<&[f64]> = scores
-        .iter()
-        .zip(layers)
-        .map(|(s, l)| s.get(l.pruned()..).unwrap_or_default())
-        .collect();
-    let mut left = drop.saturating_sub(pruned);
+    let open: Vec<&[f64]> =
+        scores.iter().zip(layers).map(|(s, l)| s.get(l.pruned()..).unwrap_or_default()).collect();
+    let left = drop.saturating_sub(pruned);
     // The bits of non-negative numbers sort as the numbers do: bisection on bits finds the largest
     // threshold below which no more than `left` scores lie.
     let below = |bits: u64| -> u64 {
@@ -243,15 +215,31 @@ fn by_threshold(layers: &[Layer<'_>], scores: &[Vec<f64>], keep: u64) -> Vec<usi
         let equal = scores.partition_point(|v| v.to_bits() <= low) - under;
         let also = (equal as u64).min(ties);
         ties -= also;
-        left -= (under as u64 + also).min(left);
         kept.push(layer.available.saturating_sub(under + also as usize));
     }
-    kept
+    Ok(kept)
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::masks::Ranking;
     use super::*;
+
+    fn scores(weights: &[(&Ranking, &[f32])], score: fn(&[f32]) -> Vec<f64>) -> Vec<Vec<f64>> {
+        weights.iter().map(|(ranking, values)| score(&ranking.sorted(values))).collect()
+    }
+
+    fn lamp(layers: &[Layer<'_>], weights: &[(&Ranking, &[f32])], keep: u64) -> Result<Vec<usize>> {
+        by_threshold(layers, &scores(weights, lamp_scores), keep)
+    }
+
+    fn global(
+        layers: &[Layer<'_>],
+        weights: &[(&Ranking, &[f32])],
+        keep: u64,
+    ) -> Result<Vec<usize>> {
+        by_threshold(layers, &scores(weights, magnitudes), keep)
+    }
 
     fn layer(name: &'static str, dims: &[usize]) -> Layer<'static> {
         let total = dims.iter().product();

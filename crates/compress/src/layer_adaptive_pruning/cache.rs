@@ -17,6 +17,7 @@ const EVERY: Duration = Duration::from_secs(3);
 #[derive(Debug, Clone)]
 pub struct CurveCache {
     directory: PathBuf,
+    every: Duration,
 }
 
 /// What a file holds.
@@ -37,21 +38,26 @@ pub(super) struct Session {
     key: String,
     done: usize,
     written: Instant,
+    every: Duration,
 }
 
 impl CurveCache {
     /// A cache in `directory`, which is created when something is saved.
     pub fn new(directory: &Path) -> Self {
-        Self { directory: directory.to_path_buf() }
+        Self { directory: directory.to_path_buf(), every: EVERY }
+    }
+
+    /// The same cache, written after every segment.
+    #[cfg(test)]
+    pub(super) fn eager(self) -> Self {
+        Self { every: Duration::ZERO, ..self }
     }
 
     /// Takes up the curves of `key`: fills `effects` with what was measured. A damaged file counts
     /// as none.
     pub(super) fn open(&self, key: &str, effects: &mut [Vec<Effect>]) -> Result<Session> {
-        std::fs::create_dir_all(&self.directory).map_err(|source| Error::Io {
-            path: self.directory.display().to_string(),
-            source,
-        })?;
+        std::fs::create_dir_all(&self.directory)
+            .map_err(|source| Error::Io { path: self.directory.display().to_string(), source })?;
         let short: String = key.chars().take(16).collect();
         let path = self.directory.join(format!("curves-{short}.json"));
         let done = read(&path).filter(|saved| saved.key == key).map_or(0, |saved| {
@@ -71,7 +77,7 @@ impl CurveCache {
             }
             saved.done
         });
-        Ok(Session { path, key: key.to_string(), done, written: Instant::now() })
+        Ok(Session { path, key: key.to_string(), done, written: Instant::now(), every: self.every })
     }
 }
 
@@ -87,7 +93,7 @@ impl Session {
 
     /// Saves the state after `done` segments, at most every few seconds unless it is the `last`.
     pub(super) fn save(&mut self, done: usize, effects: &[Vec<Effect>], last: bool) -> Result<()> {
-        if done == self.done || (!last && self.written.elapsed() < EVERY) {
+        if done == self.done || (!last && self.written.elapsed() < self.every) {
             return Ok(());
         }
         let bits = |f: fn(&Effect) -> f64| -> Vec<Vec<u64>> {

@@ -46,8 +46,9 @@ pub enum Distortion {
 pub struct Prunable {
     /// Its weights' name.
     pub name: Name,
-    /// The segment of the network that computes it.
-    pub segment: usize,
+    /// The segment of the network that computes it; `None` when it is read on entering (an
+    /// embedding that is also the head).
+    pub segment: Option<usize>,
     /// Its weights by magnitude, those that are pruned already first.
     pub ranking: Ranking,
 }
@@ -66,9 +67,7 @@ impl Prunable {
     /// Weights pruned at every point of a grid of `points` steps; never fewer than are pruned
     /// already, for masks only grow.
     pub fn counts(&self, points: usize) -> Vec<usize> {
-        (0..=points)
-            .map(|k| pruned_at(k, points, self.total()).max(self.ranking.zeros()))
-            .collect()
+        (0..=points).map(|k| pruned_at(k, points, self.total()).max(self.ranking.zeros())).collect()
     }
 }
 
@@ -111,6 +110,18 @@ pub struct Probe<'a> {
     /// Layers or grid points measured at once, each with a copy of one layer and of the activations
     /// of one batch.
     pub workers: usize,
+}
+
+/// Where in a pass over a batch a measurement starts.
+struct Place<'a> {
+    /// The segment whose layers are measured; `None` at the entrance.
+    segment: Option<usize>,
+    input: &'a nn::Input<'a>,
+    /// What enters the segment.
+    state: &'a State,
+    /// The logits of the network as it is.
+    reference: &'a [f32],
+    samples: usize,
 }
 
 /// What one variant of the network did to the samples seen so far.
@@ -172,36 +183,43 @@ impl Probe<'_> {
         };
         let mut done = session.as_ref().map_or(0, |s| s.done());
         let per_batch: u64 = grids.iter().map(|g| g.len() as u64).sum();
-        let segments = self.network.segments() + 1;
-        for batch in done / segments..self.samples.batches() {
+        // Stage 0 is the entrance, the last one the exit.
+        let stages = self.network.segments() + 2;
+        for batch in done / stages..self.samples.batches() {
             progress.set(batch as u64 * per_batch);
             let input = self.samples.batch(batch);
             let samples = input.samples();
             let mut state = self.enter(&input)?;
-            let reference = host::into_vec(self.network.finish_from(0, self.weights, state.clone())?);
+            let reference =
+                host::into_vec(self.network.finish_from(0, self.weights, state.clone())?);
             if let Some(bad) = reference.iter().find(|v| !v.is_finite()) {
                 return Err(Error::Options(format!(
                     "the network's own output on calibration batch {batch} is {bad}: there is \
                      nothing to compare with"
                 )));
             }
-            for segment in 0..segments {
-                if batch * segments + segment >= done {
-                    let measured = self.segment(
-                        segment, layers, &grids, &state, &reference, samples, progress,
-                    )?;
+            for stage in 0..stages {
+                if batch * stages + stage >= done {
+                    let place = Place {
+                        segment: stage.checked_sub(1),
+                        input: &input,
+                        state: &state,
+                        reference: &reference,
+                        samples,
+                    };
+                    let measured = self.stage(&place, layers, &grids, progress)?;
                     for (layer, point, effect) in measured {
                         if let Some(place) = effects.get_mut(layer).and_then(|e| e.get_mut(point)) {
                             place.add(effect);
                         }
                     }
-                    done = batch * segments + segment + 1;
+                    done = batch * stages + stage + 1;
                     if let Some(session) = &mut session {
                         session.save(done, &effects, false)?;
                     }
                 }
-                if segment + 1 < segments {
-                    state = self.network.segment(segment, self.weights, state)?;
+                if stage > 0 && stage + 1 < stages {
+                    state = self.network.segment(stage - 1, self.weights, state)?;
                 }
             }
         }
@@ -225,7 +243,10 @@ impl Probe<'_> {
                     total: layer.total(),
                     amount: (0..=points).map(|k| k as f64 / points as f64).collect(),
                     // What was zero before changes nothing.
-                    distortion: pruned.iter().map(|n| found.get(n).copied().unwrap_or(0.0)).collect(),
+                    distortion: pruned
+                        .iter()
+                        .map(|n| found.get(n).copied().unwrap_or(0.0))
+                        .collect(),
                     pruned,
                 }
             })
@@ -289,21 +310,17 @@ impl Probe<'_> {
     }
 
     /// Measures every grid point of the layers of one segment, from the state that enters it.
-    #[allow(clippy::too_many_arguments)]
-    fn segment(
+    fn stage(
         &self,
-        segment: usize,
+        place: &Place<'_>,
         layers: &[Prunable],
         grids: &[Vec<usize>],
-        state: &State,
-        reference: &[f32],
-        samples: usize,
         progress: &report::Progress,
     ) -> Result<Vec<(usize, usize, Effect)>> {
         let tasks: Vec<(usize, usize)> = layers
             .iter()
             .enumerate()
-            .filter(|(_, layer)| layer.segment == segment)
+            .filter(|(_, layer)| layer.segment == place.segment)
             .flat_map(|(l, _)| (0..grids.get(l).map_or(0, Vec::len)).map(move |p| (l, p)))
             .collect();
         if tasks.is_empty() {
@@ -312,7 +329,7 @@ impl Probe<'_> {
         let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
         let work = || -> Result<Vec<(usize, usize, Effect)>> {
             let mut found = Vec::new();
-            let mut overlay = Overlay::new(self.weights as &dyn Weights);
+            let mut overlay = Overlay::new(self.weights);
             // Layer in the overlay and how many of its weights are zeroed there.
             let mut current: Option<(usize, usize)> = None;
             while let Some(&(l, p)) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
@@ -342,8 +359,13 @@ impl Probe<'_> {
                     });
                 }
                 current = Some((l, count));
-                let output = self.network.finish_from(segment, &overlay, state.clone())?;
-                let effect = host::read(&output, |y| compare(reference, y, samples));
+                let output = match place.segment {
+                    Some(segment) => {
+                        self.network.finish_from(segment, &overlay, place.state.clone())?
+                    }
+                    None => self.network.predict(&overlay, place.input)?,
+                };
+                let effect = host::read(&output, |y| compare(place.reference, y, place.samples));
                 let effect = effect.ok_or_else(|| {
                     stop.store(true, Ordering::Relaxed);
                     Error::layer(
@@ -402,7 +424,7 @@ impl Probe<'_> {
         for layer in layers {
             let name = &layer.name;
             let zeros = layer.ranking.zeros();
-            hash.update(format!("{} {} {:?} {zeros}\n", name.module, layer.segment, name.shape));
+            hash.update(format!("{} {:?} {zeros}\n", name.module, name.shape));
             host::read(&self.weights.matrix(name)?, |w| hash.update(bytemuck::cast_slice(w)));
             hash.update(bytemuck::cast_slice(layer.ranking.smallest(zeros)));
         }

@@ -233,12 +233,9 @@ mod tests {
     #[test]
     fn a_large_layer_is_ranked_as_by_a_stable_sort() {
         let mut rng = tensor::Rng::new(4);
-        let values: Vec<f32> =
-            (0..5000).map(|_| (rng.below(40) as f32 - 20.0) / 8.0).collect();
+        let values: Vec<f32> = (0..5000).map(|_| (rng.below(40) as f32 - 20.0) / 8.0).collect();
         let mut expected: Vec<u32> = (0..5000).collect();
-        expected.sort_by(|a, b| {
-            values[*a as usize].abs().total_cmp(&values[*b as usize].abs())
-        });
+        expected.sort_by(|a, b| values[*a as usize].abs().total_cmp(&values[*b as usize].abs()));
         assert_eq!(Ranking::new("l", &values).unwrap().smallest(5000), expected);
     }
 

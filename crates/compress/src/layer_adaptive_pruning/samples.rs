@@ -81,7 +81,10 @@ impl Samples {
             }
             None => {
                 let vocabulary = network.classes();
-                Self::tokens((0..count * length).map(|_| rng.below(vocabulary) as u32).collect(), length)
+                Self::tokens(
+                    (0..count * length).map(|_| rng.below(vocabulary) as u32).collect(),
+                    length,
+                )
             }
         }
     }
@@ -126,6 +129,19 @@ impl Samples {
         }
     }
 
+    /// What the samples are, for a job's record: how many, their shape, a hash of their values.
+    pub fn identity(&self) -> serde_json::Value {
+        let mut hash = Sha256::new();
+        self.digest(&mut hash);
+        let hash: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        match self {
+            Self::Tokens { length, .. } => {
+                serde_json::json!({"windows": self.count(), "length": length, "sha256": hash})
+            }
+            Self::Images { shape, .. } => serde_json::json!({"images": shape, "sha256": hash}),
+        }
+    }
+
     /// Adds everything that decides the inputs to a hash.
     pub(super) fn digest(&self, hash: &mut Sha256) {
         match self {
@@ -163,7 +179,8 @@ mod tests {
             seen.extend_from_slice(ids);
         }
         assert_eq!(seen, (0..3000).collect::<Vec<u32>>());
-        let images = Samples::images((0..70 * 4).map(|v| v as f32).collect(), [70, 1, 2, 2]).unwrap();
+        let images =
+            Samples::images((0..70 * 4).map(|v| v as f32).collect(), [70, 1, 2, 2]).unwrap();
         let Input::Images { pixels, shape } = images.batch(2) else { panic!() };
         assert_eq!((pixels[0], shape, images.batches()), (256.0, [6, 1, 2, 2], 3));
     }
