@@ -31,6 +31,7 @@ mod compressed;
 mod config;
 mod fetch;
 mod gptq;
+pub mod sparse;
 #[cfg(test)]
 mod tests;
 
