@@ -10,8 +10,8 @@
 //! threads meet once per block of columns: a histogram over all rows finds the threshold without a
 //! sort. This file is the mathematics; collecting the Hessian is the runner's business.
 
+use crate::gptq::{Factor, sweep::spread_error};
 use crate::grid::Matrix;
-use crate::gptq::{Factor, spread_error};
 use crate::mask::{Count, Mask, Structure, prune_block};
 use crate::{Error, Result};
 use rayon::prelude::*;
@@ -108,12 +108,7 @@ pub fn prune(
 ) -> Result<Pruned> {
     let (out, width) = (matrix.out_features, matrix.in_features);
     let upper = factor.upper();
-    if width != factor.width() {
-        return Err(Error::layer(
-            layer,
-            format!("weight has {width} inputs but the Hessian has {}", factor.width()),
-        ));
-    }
+    factor.check_width(layer, width)?;
     target.structure.check(layer, width)?;
     let nothing = target.structure == Structure::Unstructured && target.sparsity <= 0.0;
     let mut chunks: Vec<Chunk> = matrix
