@@ -21,7 +21,7 @@ mod mappings;
 mod options;
 mod stored;
 
-pub use block::quantize_block;
+pub use block::{finish, quantize_block, run_block};
 pub use options::{AwqOptions, GqaFold, KeepBy, Objective, RatioGrid, Rounding, Search};
 pub use stored::{
     BlockRecord, BlockSearch, ClipRecord, MappingRecord, Prepared, SEARCH_DIRECTORY, SEARCH_FILE,

@@ -4,13 +4,13 @@
 //! weights in the working copy and hands in the quantised layers. It never touches files.
 
 use crate::activations::Activations;
-use crate::grid::{Grid, GridOptions, Matrix, ScaleType, effective_group};
+use crate::grid::{Grid, GridOptions, Matrix, ScaleType};
 use crate::plan::LayerPlan;
 use crate::statistics::TokenSample;
 use crate::{Error, Result};
 use nn::{Batch, BlockState, Context, Decoder, Leaf, Name, Overlay, Point, Stage, Taps, Weights};
 use std::collections::BTreeMap;
-use store::packed::QuantizedMatrix;
+use store::packed::{QuantizedMatrix, Stored};
 use tensor::{Tensor, host};
 
 /// The point where the linears of set `n` of a block read their input (see
@@ -37,17 +37,24 @@ pub struct LayerResult {
     pub block: usize,
     /// `[out, in]`.
     pub shape: [usize; 2],
-    /// Bits per code.
-    pub bits: u8,
-    /// Weights per scale.
-    pub group_size: usize,
-    /// Bits per weight including scales and zero points.
+    /// Bits per code, where every weight has a code of its own.
+    #[serde(default)]
+    pub bits: Option<u8>,
+    /// Weights per scale, where there are groups.
+    #[serde(default)]
+    pub group_size: Option<usize>,
+    /// Bits per weight including all side information.
     pub bits_per_weight: f64,
+    /// Share of weights that are exactly zero, for pruned layers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sparsity: Option<f64>,
     /// `‖W - Ŵ‖² / ‖W‖²`.
     pub weight_error: f64,
     /// `‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖²` on calibration tokens; absent without calibration.
     pub output_error: Option<f64>,
-    /// How many weights moved by how many steps of the grid: [`HISTOGRAM_BINS`] bins over [-2, 2].
+    /// How many weights moved by how many steps of the grid: [`HISTOGRAM_BINS`] bins over [-2, 2];
+    /// empty where there is no grid along the input.
+    #[serde(default)]
     pub histogram: Vec<u64>,
     /// What the method has to say: loss, damping, chosen exponent, ...
     pub details: BTreeMap<String, serde_json::Value>,
@@ -136,12 +143,16 @@ pub struct BlockJob<'a> {
     /// Input channels that stay out of rounding, by module (ordinary weights only: no packed format
     /// can hold them).
     pub kept: BTreeMap<String, Vec<usize>>,
-    /// The quantised layers, by module.
-    pub quantized: BTreeMap<String, QuantizedMatrix>,
-    /// What quantising them cost.
+    /// The layers that are stored in packed form, by module.
+    pub stored: BTreeMap<String, Stored>,
+    /// What compressing them cost.
     pub results: Vec<LayerResult>,
     /// Things the user should know.
     pub warnings: Vec<String>,
+    /// What the job wants back from every block when it has done the last one.
+    pub record: Option<serde_json::Value>,
+    /// Files that belong to this block, by path inside the output.
+    pub files: Vec<(String, Vec<u8>)>,
 }
 
 impl BlockJob<'_> {
@@ -236,20 +247,22 @@ impl BlockJob<'_> {
         Ok(Grid { scale_type: self.scale_type, ..Grid::new(options)? })
     }
 
-    /// Hands in a quantised layer: records what it cost and puts its values into the working copy.
+    /// Hands in a layer in packed form: records what it cost and puts its values into the working
+    /// copy.
     ///
     /// `original` is what the layer computed with before (in the same channel scaling), `sample`
     /// calibration inputs in that scaling.
     pub fn hand_in(
         &mut self,
         name: &Name,
-        options: &GridOptions,
         original: &Matrix,
-        quantized: QuantizedMatrix,
+        stored: Stored,
         sample: Option<&TokenSample>,
         details: BTreeMap<String, serde_json::Value>,
     ) -> Result<()> {
-        if let Some(scale) = quantized.scales.iter().find(|s| !s.is_finite()) {
+        if let Stored::Grid(m) | Stored::Columns(m) = &stored
+            && let Some(scale) = m.scales.iter().find(|s| !s.is_finite())
+        {
             return Err(Error::layer(
                 &name.module,
                 format!(
@@ -258,33 +271,73 @@ impl BlockJob<'_> {
                 ),
             ));
         }
-        let mut values = quantized.dequantize();
-        let mut bits_per_weight = quantized.bits_per_weight();
+        let mut values = nn::dequantize(&stored);
+        let mut bits_per_weight = stored.bits_per_weight();
         if let Some(kept) = self.kept.get(&name.module) {
             let width = name.in_features();
             for (row, original) in values.chunks_mut(width).zip(original.values.chunks(width)) {
                 kept.iter().for_each(|&channel| row[channel] = original[channel]);
             }
             let share = kept.len() as f64 / width as f64;
-            bits_per_weight += share * (16.0 - f64::from(quantized.bits));
+            bits_per_weight += share * (16.0 - f64::from(stored.bits().unwrap_or(16)));
         }
-        let (error, norm) = original.squared_error(&values);
-        self.results.push(LayerResult {
+        let result = LayerResult {
+            bits: stored.bits(),
+            group_size: stored.group_size(),
+            histogram: match &stored {
+                Stored::Grid(m) => histogram(original, m, &values),
+                _ => Vec::new(),
+            },
+            ..self.result(name, original, &values, bits_per_weight, sample, details)
+        };
+        self.results.push(result);
+        self.set_matrix(name, values);
+        self.stored.insert(name.module.clone(), stored);
+        Ok(())
+    }
+
+    /// Hands in a layer whose new `values` are ordinary numbers, e.g. pruned; arguments as for
+    /// [`BlockJob::hand_in`].
+    pub fn hand_in_dense(
+        &mut self,
+        name: &Name,
+        original: &Matrix,
+        values: Vec<f32>,
+        bits_per_weight: f64,
+        sample: Option<&TokenSample>,
+        details: BTreeMap<String, serde_json::Value>,
+    ) {
+        let zeros = values.iter().filter(|w| **w == 0.0).count();
+        let mut result = self.result(name, original, &values, bits_per_weight, sample, details);
+        result.sparsity = Some(zeros as f64 / values.len().max(1) as f64);
+        self.results.push(result);
+        self.set_matrix(name, values);
+    }
+
+    fn result(
+        &self,
+        name: &Name,
+        original: &Matrix,
+        values: &[f32],
+        bits_per_weight: f64,
+        sample: Option<&TokenSample>,
+        details: BTreeMap<String, serde_json::Value>,
+    ) -> LayerResult {
+        let (error, norm) = original.squared_error(values);
+        LayerResult {
             module: name.module.clone(),
             role: name.role.label().to_string(),
             block: self.index,
             shape: name.shape,
-            bits: quantized.bits,
-            group_size: effective_group(options, name.in_features()),
+            bits: None,
+            group_size: None,
             bits_per_weight,
+            sparsity: None,
             weight_error: ratio(error, norm),
-            output_error: sample.map(|sample| output_error(original, &values, sample)),
-            histogram: histogram(original, &quantized, &values),
+            output_error: sample.map(|sample| output_error(original, values, sample)),
+            histogram: Vec::new(),
             details,
-        });
-        self.set_matrix(name, values);
-        self.quantized.insert(name.module.clone(), quantized);
-        Ok(())
+        }
     }
 }
 

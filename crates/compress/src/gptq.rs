@@ -13,7 +13,7 @@ use crate::statistics::{Statistics, Wanted};
 use crate::{Error, Result};
 use nn::{Stage, Taps};
 use std::collections::BTreeMap;
-use store::packed::QuantizedMatrix;
+use store::packed::{QuantizedMatrix, Stored};
 
 mod factor;
 mod grids;
@@ -254,7 +254,7 @@ pub fn quantize_block(job: &mut BlockJob<'_>, options: &GptqOptions) -> Result<(
                 }
             };
             let sample = collected.sample.as_ref();
-            job.hand_in(name, grid_options, &matrix, quantized, sample, details)?;
+            job.hand_in(name, &matrix, Stored::Grid(quantized), sample, details)?;
         }
     }
     job.run_stage(Stage::Contract, &mut Taps::none())

@@ -1,8 +1,12 @@
 //! Options of a quantisation job: the one definition behind flags, recipe keys, schema and docs.
 
+use crate::adadim::AdadimOptions;
 use crate::awq::{AwqOptions, Rounding};
 use crate::gptq::GptqOptions;
 use crate::grid::GridOptions;
+use crate::layerwise_quant::LayerwiseQuantOptions;
+use crate::pvq::PvqOptions;
+use crate::rsq::RsqOptions;
 use crate::{Error, Result};
 use store::packed::Layout;
 
@@ -28,6 +32,12 @@ pub enum Method {
     Gptq,
     /// Activation-aware scaling and clipping.
     Awq,
+    /// Groups along the input or the output, by measured error.
+    Adadim,
+    /// Rotation, token importance, GPTQ.
+    Rsq,
+    /// Pyramid vector quantisation.
+    Pvq,
 }
 
 impl Method {
@@ -37,6 +47,9 @@ impl Method {
             Self::Rtn => "rtn",
             Self::Gptq => "gptq",
             Self::Awq => "awq",
+            Self::Adadim => "adadim",
+            Self::Rsq => "rsq",
+            Self::Pvq => "pvq",
         }
     }
 
@@ -70,6 +83,8 @@ pub enum Format {
     Gptq,
     /// GPTQ, checkpoint format v2 (zero points stored as they are).
     GptqV2,
+    /// Strata's own container: holds what no other tool's format can.
+    Strata,
     /// Ordinary weights on the quantised grid: any loader, no saving in size.
     Dequantized,
 }
@@ -82,6 +97,7 @@ impl Format {
             Self::Awq => Some(Layout::AutoAwq),
             Self::Gptq => Some(Layout::Gptq { v2: false }),
             Self::GptqV2 => Some(Layout::Gptq { v2: true }),
+            Self::Strata => Some(Layout::Strata),
             Self::Dequantized => None,
         }
     }
@@ -129,8 +145,20 @@ pub struct QuantizeOptions {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub awq: AwqOptions,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub adadim: AdadimOptions,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub rsq: RsqOptions,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub pvq: PvqOptions,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub layerwise: LayerwiseQuantOptions,
     /// Leave layers whose name matches this pattern as they are (repeatable)
-    #[arg(long, value_name = "PATTERN")]
+    #[arg(long, value_name = "PATTERN", visible_alias = "keep")]
     pub exclude: Vec<String>,
     /// Quantise only layers whose name matches this pattern (repeatable)
     #[arg(long, value_name = "PATTERN")]
@@ -156,6 +184,10 @@ impl Default for QuantizeOptions {
             calibration: CalibrationOptions::default(),
             gptq: GptqOptions::default(),
             awq: AwqOptions::default(),
+            adadim: AdadimOptions::default(),
+            rsq: RsqOptions::default(),
+            pvq: PvqOptions::default(),
+            layerwise: LayerwiseQuantOptions::default(),
             exclude: Vec::new(),
             only: Vec::new(),
             overrides: Vec::new(),
@@ -277,7 +309,7 @@ impl QuantizeOptions {
         match self.method {
             Method::Gptq => true,
             Method::Awq => self.awq.rounding == Rounding::Gptq,
-            Method::Rtn => false,
+            Method::Rtn | Method::Adadim | Method::Rsq | Method::Pvq => false,
         }
     }
 
@@ -321,10 +353,11 @@ impl QuantizeOptions {
                     .into(),
             ));
         }
-        let own_grids = matches!(self.format, Format::CompressedTensors | Format::Dequantized);
+        let own_grids =
+            matches!(self.format, Format::CompressedTensors | Format::Strata | Format::Dequantized);
         if !own_grids && !self.overrides.is_empty() {
             return Err(Error::Options(
-                "per-layer overrides need --format compressed-tensors or dequantized: the other \
+                "per-layer overrides need --format compressed-tensors, strata or dequantized: the other \
                  formats hold one grid for all layers"
                     .into(),
             ));

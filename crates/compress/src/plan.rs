@@ -13,8 +13,10 @@ use store::packed::QuantizedMatrix;
 pub struct LayerPlan {
     /// The layer.
     pub name: Name,
-    /// Its grid, or `None` to leave it as it is.
+    /// Its grid, or `None` when it is not quantised.
     pub grid: Option<GridOptions>,
+    /// The share of its weights that become zero, or `None` when it is not pruned.
+    pub sparsity: Option<f64>,
 }
 
 /// What will be done, block by block.
@@ -104,7 +106,7 @@ impl Plan {
                         )?);
                         quantised += 1;
                     }
-                    layers.push(LayerPlan { name, grid });
+                    layers.push(LayerPlan { name, grid, sparsity: None });
                 }
                 sets.push(layers);
             }

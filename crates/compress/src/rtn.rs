@@ -9,7 +9,7 @@ use crate::grid::{
 };
 use rayon::prelude::*;
 use std::collections::BTreeMap;
-use store::packed::QuantizedMatrix;
+use store::packed::{QuantizedMatrix, Stored};
 
 /// Options of RTN: none beyond the grid.
 #[derive(
@@ -37,7 +37,7 @@ pub fn quantize_block(job: &mut BlockJob<'_>) -> Result<()> {
         let Some(options) = &layer.grid else { continue };
         let matrix = job.matrix(&layer.name)?;
         let quantized = quantize(&matrix, &job.grid(options)?, options);
-        job.hand_in(&layer.name, options, &matrix, quantized, None, BTreeMap::new())?;
+        job.hand_in(&layer.name, &matrix, Stored::Grid(quantized), None, BTreeMap::new())?;
     }
     Ok(())
 }

@@ -1,28 +1,115 @@
 //! The streaming block runner: load a block, calibrate, transform, write, drop.
 //!
-//! Memory is one block's working copy, its statistics, and the calibration activations at one
-//! block boundary (beyond `--memory` in a file). Every weight is read once and written once. The
-//! output directory appears whole or not at all; after a kill at most one block is done again.
+//! What happens to a block, and how what leaves it is written, is a [`Job`]'s business; quantising
+//! is one (`quantize`), pruning another. Memory is one block's working copy, its statistics, and the
+//! calibration activations at one block boundary (beyond `--memory` in a file). Every weight is read
+//! once and written once. The output directory appears whole or not at all; after a kill at most
+//! one block is done again.
 
 use crate::activations::Activations;
 use crate::block::{BlockJob, Calibration, LayerResult};
 use crate::grid::ScaleType;
-use crate::options::{Format, Method, QuantizeOptions};
 use crate::plan::Plan;
 use crate::{Error, Result};
-use nn::{Context, Leaf, Model, Name, Overlay, Taps};
+use nn::{Context, Decoder, Leaf, Model, Name, Overlay, Stored, Taps, Weights};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use store::packed::{QuantConfig, QuantizedMatrix, Scheme, pack};
+use store::packed::{Layout, own, pack};
 use store::{Checkpoint, Dtype, WriteOptions, Writer};
 use tensor::host;
+
+/// How the layers that a job hands in are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Container {
+    /// Ordinary weights, in the checkpoint's own type.
+    Dense,
+    /// A packed layout.
+    Packed(Layout),
+}
+
+/// A job on the runner.
+pub trait Job {
+    /// The verb, recorded in `strata.json`, e.g. `quantize`.
+    fn verb(&self) -> &'static str;
+    /// The method.
+    fn slug(&self) -> &'static str;
+    /// Whether blocks see calibration text.
+    fn calibrates(&self) -> bool;
+    /// How compressed layers are written.
+    fn container(&self) -> Container;
+    /// Bytes that calibration activations may take in memory, and the largest shard written.
+    fn limits(&self) -> Limits;
+    /// The options as `strata.json` records them.
+    fn options(&self) -> Result<serde_json::Value>;
+    /// What decides the bytes of the output besides the options: hashes of files that they name;
+    /// `null` when there is nothing.
+    fn inputs(&self) -> serde_json::Value {
+        serde_json::Value::Null
+    }
+    /// Compresses one block.
+    fn block(&mut self, job: &mut BlockJob<'_>) -> Result<()>;
+    /// The `quantization_config` of the output's `config.json`; `modules` describes what was stored
+    /// in Strata's own container.
+    fn quantization_config(
+        &self,
+        plan: &Plan,
+        layers: &[LayerResult],
+        modules: own::Modules,
+    ) -> Result<Option<serde_json::Value>>;
+    /// JSON files to write at the end, from the records that blocks left
+    /// ([`BlockJob::record`]), in order of the blocks.
+    fn finish(
+        &mut self,
+        _records: Vec<serde_json::Value>,
+    ) -> Result<Vec<(String, serde_json::Value)>> {
+        Ok(Vec::new())
+    }
+}
+
+/// What a job may use.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Bytes of calibration activations in memory.
+    pub memory: u64,
+    /// Largest size of one output shard in bytes.
+    pub max_shard_size: u64,
+}
+
+/// What a job reads: a network with its weights, as a checkpoint holds them or rewritten on the way
+/// (rotated, for example).
+#[derive(Clone, Copy)]
+pub struct Source<'a> {
+    /// The network.
+    pub decoder: &'a Decoder,
+    /// What it computes with.
+    pub weights: &'a dyn Weights,
+    /// Where it comes from: stored types, companions, tensors outside the network.
+    pub checkpoint: &'a Checkpoint,
+    /// `config.json` of the output, before `quantization_config` is added.
+    pub config: &'a serde_json::Value,
+    /// The weights are not those of the checkpoint: every tensor is written from `weights`.
+    pub rewritten: bool,
+}
+
+impl<'a> Source<'a> {
+    /// A model as it is.
+    pub fn of(model: &'a Model) -> Result<Self> {
+        Ok(Self {
+            decoder: &model.decoder,
+            weights: model.weights.as_ref(),
+            checkpoint: &model.checkpoint,
+            config: model.checkpoint.config()?,
+            rewritten: false,
+        })
+    }
+}
 
 /// What a finished job leaves behind.
 #[derive(Debug)]
 pub struct Outcome {
     /// The output directory.
     pub path: PathBuf,
-    /// What quantising every layer cost, in order.
+    /// What compressing every layer cost, in order.
     pub layers: Vec<LayerResult>,
     /// Things the user should know.
     pub warnings: Vec<String>,
@@ -44,35 +131,36 @@ pub struct Target<'a> {
     pub provenance: serde_json::Value,
 }
 
-/// Quantises `model` as planned. `progress` counts blocks.
-pub fn run(
-    model: &Model,
+/// Runs `job` over the blocks of `source` as planned. `progress` counts blocks.
+pub fn run_job(
+    source: Source<'_>,
     plan: &Plan,
-    options: &QuantizeOptions,
+    job: &mut dyn Job,
     calibration: &Calibration,
     target: &Target<'_>,
     progress: &report::Progress,
 ) -> Result<Outcome> {
-    refuse_quantized(&model.checkpoint)?;
-    if options.calibrates() && calibration.tokens() == 0 {
+    refuse_quantized(source.checkpoint)?;
+    let calibrates = job.calibrates();
+    if calibrates && calibration.tokens() == 0 {
         return Err(Error::Options(format!(
-            "{} needs calibration text, and there is none: give --calibration, or use --method rtn",
-            options.method.slug()
+            "{} needs calibration text, and there is none: give --calibration, or a method that \
+             needs no data",
+            job.slug()
         )));
     }
-    let prepared = crate::awq::Prepared::new(&model.decoder, options)?;
-    let fingerprint = fingerprint(options, calibration, target, &prepared.inputs)?;
+    let limits = job.limits();
     let mut writer = Writer::create(
         target.out,
         WriteOptions {
-            max_shard_size: options.max_shard_size.0,
+            max_shard_size: limits.max_shard_size,
             resume: target.resume,
             overwrite: target.overwrite,
-            fingerprint,
-            inputs: vec![model.checkpoint.path().to_path_buf()],
+            fingerprint: fingerprint(job, calibration, target)?,
+            inputs: vec![source.checkpoint.path().to_path_buf()],
         },
     )?;
-    let walk = Walk { model, plan, options, calibration, inputs: &prepared.inputs };
+    let walk = Walk { source, calibration, container: job.container() };
     if writer.sealed().is_empty() {
         // Sealed together with the first block: a job that fails before that leaves nothing behind
         // that a corrected command would have to get past.
@@ -87,21 +175,19 @@ pub fn run(
     let resumed_blocks = done.len();
     progress.set(resumed_blocks as u64);
     let scratch = writer.scratch_dir()?;
-    let budget = options.memory.0;
     let batches = calibration.batches();
     // The residual stream may use half of the budget, the branch between two stages the rest.
-    let mut resid = Activations::new(batches, budget / 2, &scratch);
-    let mut branch = Activations::new(batches, budget / 2, &scratch);
-    let calibrates = options.calibrates();
+    let mut resid = Activations::new(batches, limits.memory / 2, &scratch);
+    let mut branch = Activations::new(batches, limits.memory / 2, &scratch);
     if calibrates && resumed_blocks < plan.blocks.len() {
         walk.enter(resumed_blocks, &scratch, &mut resid)?;
     }
     let mut spilled_bytes = 0;
     for (index, sets) in plan.blocks.iter().enumerate().skip(resumed_blocks) {
-        let mut weights = Overlay::new(model.weights.as_ref());
-        weights.load(model.decoder.names(index)?.all())?;
-        let mut job = BlockJob {
-            decoder: &model.decoder,
+        let mut weights = Overlay::new(source.weights);
+        weights.load(source.decoder.names(index)?.all())?;
+        let mut block = BlockJob {
+            decoder: source.decoder,
             index,
             sets,
             weights,
@@ -110,26 +196,24 @@ pub fn run(
             resid: &mut resid,
             branch: &mut branch,
             kept: BTreeMap::new(),
-            quantized: BTreeMap::new(),
+            stored: BTreeMap::new(),
             results: Vec::new(),
             warnings: Vec::new(),
+            record: None,
+            files: Vec::new(),
         };
-        job.check_finite()?;
-        let mut search = None;
-        match options.method {
-            Method::Rtn => crate::rtn::quantize_block(&mut job)?,
-            Method::Gptq => crate::gptq::quantize_block(&mut job, &options.gptq)?,
-            Method::Awq => {
-                let found = crate::awq::quantize_block(&mut job, options, &prepared)?;
-                if options.awq.save_search {
-                    let (record, file, bytes) = found.record(index)?;
-                    writer.put_file(&file, &bytes)?;
-                    search = Some(record);
-                }
-            }
+        block.check_finite()?;
+        job.block(&mut block)?;
+        for (file, bytes) in &block.files {
+            writer.put_file(file, bytes)?;
         }
-        walk.write_block(&mut writer, &job)?;
-        let note = BlockNote { layers: job.results, warnings: job.warnings, search };
+        let modules = walk.write_block(&mut writer, &block)?;
+        let note = BlockNote {
+            layers: block.results,
+            warnings: block.warnings,
+            modules,
+            record: block.record,
+        };
         for warning in &note.warnings {
             report::warn(warning);
         }
@@ -144,17 +228,19 @@ pub fn run(
         done.push(note);
         progress.inc(1);
     }
-    let (mut layers, mut warnings, mut searches) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut layers, mut warnings, mut records) = (Vec::new(), Vec::new(), Vec::new());
+    let mut modules = own::Modules::new();
     for note in done {
         layers.extend(note.layers);
         warnings.extend(note.warnings);
-        searches.extend(note.search);
+        records.extend(note.record);
+        modules.extend(note.modules);
     }
-    if !searches.is_empty() {
-        let contents = crate::awq::search_contents(&options.grid, searches)?;
-        writer.put_json(crate::awq::SEARCH_FILE, &contents)?;
+    for (file, contents) in job.finish(records)? {
+        writer.put_json(&file, &contents)?;
     }
-    walk.write_companions(&mut writer, target, &layers)?;
+    let quantization = job.quantization_config(plan, &layers, modules)?;
+    walk.write_companions(&mut writer, job, target, &layers, quantization)?;
     drop((resid, branch));
     let path = writer.finish()?;
     progress.finish();
@@ -166,26 +252,28 @@ pub fn run(
 struct BlockNote {
     layers: Vec<LayerResult>,
     warnings: Vec<String>,
-    /// What AWQ's search found, when it is to be kept.
+    /// What Strata's own container holds.
+    #[serde(default, skip_serializing_if = "own::Modules::is_empty")]
+    modules: own::Modules,
+    /// What the job wants back at the end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    search: Option<crate::awq::BlockRecord>,
+    record: Option<serde_json::Value>,
 }
 
 /// A job's identity: an interrupted job may only be resumed under the same one.
-fn fingerprint(
-    options: &QuantizeOptions,
-    calibration: &Calibration,
-    target: &Target<'_>,
-    inputs: &serde_json::Value,
-) -> Result<String> {
+fn fingerprint(job: &dyn Job, calibration: &Calibration, target: &Target<'_>) -> Result<String> {
+    let mut options = job.options()?;
     // Where activations spill changes no byte of the output.
-    let options = QuantizeOptions { memory: Default::default(), ..options.clone() };
+    if let Some(options) = options.as_object_mut() {
+        options.shift_remove("memory");
+    }
     let value = serde_json::json!({
         "version": env!("CARGO_PKG_VERSION"),
+        "job": job.verb(),
         "options": options,
         "calibration_tokens": calibration.ids(),
         "provenance": target.provenance,
-        "inputs": inputs,
+        "inputs": job.inputs(),
     });
     serde_json::to_string(&value)
         .map_err(|e| Error::Options(format!("the options cannot be written: {e}")))
@@ -203,43 +291,61 @@ pub(crate) fn refuse_quantized(checkpoint: &Checkpoint) -> Result<()> {
 }
 
 struct Walk<'a> {
-    model: &'a Model,
-    plan: &'a Plan,
-    options: &'a QuantizeOptions,
+    source: Source<'a>,
     calibration: &'a Calibration,
-    /// Hashes of the files that the method's options name.
-    inputs: &'a serde_json::Value,
+    container: Container,
 }
 
 impl Walk<'_> {
     /// Scales are stored in the model's own type where the format allows it.
     fn scale_type(&self) -> ScaleType {
-        let bfloat = self.model.checkpoint.infos().any(|info| info.dtype == Dtype::BF16);
-        if bfloat && self.options.format == Format::CompressedTensors {
-            ScaleType::Bf16
-        } else {
-            ScaleType::F16
+        let bfloat = self.source.checkpoint.infos().any(|info| info.dtype == Dtype::BF16);
+        match self.container {
+            Container::Packed(Layout::CompressedTensors | Layout::Strata) if bfloat => {
+                ScaleType::Bf16
+            }
+            _ => ScaleType::F16,
         }
+    }
+
+    /// Whether loaders of the format compute in half precision.
+    fn half(&self) -> bool {
+        matches!(self.container, Container::Packed(Layout::AutoAwq | Layout::Gptq { .. }))
     }
 
     /// The type in which a tensor that stays dense is written.
     fn dense_type(&self, source: Dtype) -> Dtype {
-        match self.options.format {
-            // Loaders of these formats compute in half precision.
-            Format::Awq | Format::Gptq | Format::GptqV2 if source.is_float() => Dtype::F16,
-            _ => match source {
-                Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64 => source,
-                _ if source.is_float() => Dtype::F16,
-                Dtype::Ggml(_) => Dtype::F16,
-                _ => source,
-            },
+        match source {
+            _ if self.half() && source.is_float() => Dtype::F16,
+            Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64 => source,
+            _ if source.is_float() => Dtype::F16,
+            Dtype::Ggml(_) => Dtype::F16,
+            _ => source,
         }
+    }
+
+    /// The type in which a tensor of the network is written; one that the checkpoint does not have
+    /// (a head that was tied) takes after the embedding.
+    fn type_of(&self, tensor: &str) -> Result<Dtype> {
+        let checkpoint = self.source.checkpoint;
+        let like = if checkpoint.contains(tensor) {
+            tensor.to_string()
+        } else {
+            self.source.decoder.embed.weight()
+        };
+        Ok(self.dense_type(checkpoint.info(&like)?.dtype))
     }
 
     /// Writes everything outside the blocks, as it is but for its type.
     fn write_outer(&self, writer: &mut Writer) -> Result<()> {
-        let decoder = &self.model.decoder;
-        let checkpoint = &self.model.checkpoint;
+        let decoder = self.source.decoder;
+        let checkpoint = self.source.checkpoint;
+        if self.source.rewritten {
+            for name in decoder.other_names() {
+                self.write_rewritten(writer, name)?;
+            }
+            return Ok(());
+        }
         let in_blocks: BTreeSet<String> =
             (0..decoder.num_blocks()).flat_map(|i| decoder.block_tensors(i)).collect();
         let tied = decoder.config.tie_word_embeddings;
@@ -261,61 +367,106 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// Writes the tensors of a finished block in the order in which they compute.
-    fn write_block(&self, writer: &mut Writer, job: &BlockJob<'_>) -> Result<()> {
-        let checkpoint = &self.model.checkpoint;
-        for name in self.model.decoder.names(job.index)?.all() {
+    /// Writes a module outside the blocks from the source's weights.
+    fn write_rewritten(&self, writer: &mut Writer, name: &Name) -> Result<()> {
+        let weight = name.weight();
+        if name.role == nn::Role::Head && self.source.decoder.config.tie_word_embeddings {
+            return Ok(());
+        }
+        let weights = self.source.weights;
+        if name.role.is_norm() {
+            let values = host::into_vec(weights.vector(name, Leaf::Weight)?);
+            self.add_dense(writer, &weight, &[values.len()], self.type_of(&weight)?, &values)?;
+        } else {
+            self.add_matrix(writer, name, self.type_of(&weight)?, weights)?;
+        }
+        if let Some(bias) = name.bias_name() {
+            let values = host::into_vec(weights.vector(name, Leaf::Bias)?);
+            self.add_dense(writer, &bias, &[values.len()], self.type_of(&bias)?, &values)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the tensors of a finished block in the order in which they compute; returns what
+    /// Strata's own container holds of it.
+    fn write_block(&self, writer: &mut Writer, job: &BlockJob<'_>) -> Result<own::Modules> {
+        let mut modules = own::Modules::new();
+        for name in self.source.decoder.names(job.index)?.all() {
             let weight = name.weight();
-            let source = checkpoint.info(&weight)?.dtype;
-            let layout = self.options.format.layout();
-            match (job.quantized.get(&name.module), layout) {
-                (Some(quantized), Some(layout)) => {
-                    self.add_packed(writer, name, quantized, layout)?;
+            match (job.stored.get(&name.module), self.container) {
+                (Some(stored), Container::Packed(layout)) => {
+                    if layout == Layout::Strata {
+                        modules.insert(name.module.clone(), own::describe(stored));
+                    }
+                    self.add_packed(writer, name, stored, layout)?;
                 }
                 _ if name.role.is_norm() => {
                     let values = job.vector(name, Leaf::Weight)?;
                     let shape = [values.len()];
-                    self.add_dense(writer, &weight, &shape, self.dense_type(source), &values)?;
+                    self.add_dense(writer, &weight, &shape, self.type_of(&weight)?, &values)?;
                 }
-                _ => self.add_matrix(writer, name, self.dense_type(source), job)?,
+                _ => self.add_matrix(writer, name, self.type_of(&weight)?, &job.weights)?,
             }
             if let Some(bias) = name.bias_name() {
                 let values = job.vector(name, Leaf::Bias)?;
-                let dtype = self.dense_type(checkpoint.info(&bias)?.dtype);
-                self.add_dense(writer, &bias, &[values.len()], dtype, &values)?;
+                self.add_dense(writer, &bias, &[values.len()], self.type_of(&bias)?, &values)?;
             }
         }
-        Ok(())
+        Ok(modules)
     }
 
     fn add_packed(
         &self,
         writer: &mut Writer,
         name: &Name,
-        quantized: &QuantizedMatrix,
-        layout: store::packed::Layout,
+        stored: &Stored,
+        layout: Layout,
     ) -> Result<()> {
-        for tensor in pack(layout, &name.module, quantized)? {
-            let (tensor_name, mut dtype, shape, mut bytes) = tensor;
-            // Scales of a bfloat16 model are bfloat16 numbers; half precision would round them.
-            if dtype == Dtype::F16 && self.scale_type() == ScaleType::Bf16 {
-                bytes = store::convert::from_f32(&quantized.scales, Dtype::BF16).unwrap_or(bytes);
-                dtype = Dtype::BF16;
+        let scale_type = match self.scale_type() {
+            ScaleType::F16 => Dtype::F16,
+            ScaleType::Bf16 => Dtype::BF16,
+        };
+        let tensors = match (layout, stored) {
+            (Layout::Strata, stored) => own::pack(&name.module, stored, scale_type)?,
+            (layout, Stored::Grid(quantized)) => {
+                let mut tensors = pack(layout, &name.module, quantized)?;
+                // Scales of a bfloat16 model are bfloat16 numbers; half precision would round them.
+                for (_, dtype, _, bytes) in &mut tensors {
+                    if *dtype == Dtype::F16
+                        && let Some(exact) = store::convert::from_f32(&quantized.scales, scale_type)
+                        && scale_type != Dtype::F16
+                    {
+                        (*dtype, *bytes) = (scale_type, exact);
+                    }
+                }
+                tensors
             }
-            writer.add(&tensor_name, dtype, &shape, &bytes)?;
+            (layout, other) => {
+                return Err(Error::layer(
+                    &name.module,
+                    format!(
+                        "is stored as {}, which the {layout} format cannot hold: use --format \
+                         strata or dequantized",
+                        other.kind()
+                    ),
+                ));
+            }
+        };
+        for (tensor, dtype, shape, bytes) in tensors {
+            writer.add(&tensor, dtype, &shape, &bytes)?;
         }
         Ok(())
     }
 
-    /// Writes a matrix of the working copy the way the checkpoint stores it.
+    /// Writes a matrix the way the checkpoint stores it.
     fn add_matrix(
         &self,
         writer: &mut Writer,
         name: &Name,
         dtype: Dtype,
-        job: &BlockJob<'_>,
+        weights: &dyn Weights,
     ) -> Result<()> {
-        let values = host::into_vec(nn::Weights::matrix(&job.weights, name)?);
+        let values = host::into_vec(weights.matrix(name)?);
         let [out, width] = name.shape;
         if !name.transposed {
             return self.add_dense(writer, &name.weight(), &[out, width], dtype, &values);
@@ -356,7 +507,7 @@ impl Walk<'_> {
     /// The residual stream entering block `index`: from the embedding, or from what an interrupted
     /// run saved.
     fn enter(&self, index: usize, scratch: &Path, resid: &mut Activations) -> Result<()> {
-        let decoder = &self.model.decoder;
+        let decoder = self.source.decoder;
         let width = decoder.config.hidden_size;
         let mut saved = if index == 0 { None } else { Some(Boundary::open(scratch, index)?) };
         for batch in 0..self.calibration.batches() {
@@ -365,7 +516,7 @@ impl Walk<'_> {
                 Some(saved) => saved.read(geometry.rows() * width)?,
                 None => {
                     let context = Context::new(geometry);
-                    let weights = self.model.weights.as_ref();
+                    let weights = self.source.weights;
                     host::into_vec(decoder.embed(weights, tokens, &context, &mut Taps::none())?)
                 }
             };
@@ -378,32 +529,23 @@ impl Walk<'_> {
     fn write_companions(
         &self,
         writer: &mut Writer,
+        job: &dyn Job,
         target: &Target<'_>,
         layers: &[LayerResult],
+        quantization: Option<serde_json::Value>,
     ) -> Result<()> {
-        let checkpoint = &self.model.checkpoint;
-        let mut config = checkpoint.config()?.clone();
-        if let (Some(layout), Some(object)) = (self.options.format.layout(), config.as_object_mut())
-        {
-            let quantised: Vec<String> = layers.iter().map(|l| l.module.clone()).collect();
-            let mut ignored: Vec<String> = self
-                .plan
-                .layers()
-                .filter(|layer| layer.grid.is_none())
-                .map(|layer| layer.name.module.clone())
-                .collect();
-            ignored.push("lm_head".into());
-            let description = self.quant_config(layout, &ignored);
-            let json = store::packed::config_json(&description, &quantised, &ignored);
+        let checkpoint = self.source.checkpoint;
+        let mut config = self.source.config.clone();
+        if let (Some(json), Some(object)) = (quantization, config.as_object_mut()) {
             object.insert("quantization_config".into(), json.clone());
-            if self.dense_type(Dtype::F32) == Dtype::F16 {
+            if self.half() {
                 for key in ["torch_dtype", "dtype"] {
                     if key == "torch_dtype" || object.contains_key(key) {
                         object.insert(key.into(), "float16".into());
                     }
                 }
             }
-            if matches!(self.options.format, Format::Gptq | Format::GptqV2) {
+            if matches!(self.container, Container::Packed(Layout::Gptq { .. })) {
                 writer.put_json("quantize_config.json", &json)?;
             }
         }
@@ -424,17 +566,21 @@ impl Walk<'_> {
         writer.put_json("config.json", &config)?;
         let mut record = serde_json::json!({
             "strata": env!("CARGO_PKG_VERSION"),
-            "job": "quantize",
-            "options": self.options,
+            "job": job.verb(),
+            "method": job.slug(),
+            "options": job.options()?,
             "calibration": {
                 "windows": self.calibration.windows(),
                 "length": self.calibration.length(),
             },
             "provenance": target.provenance,
-            "inputs": self.inputs,
+            "inputs": job.inputs(),
             "layers": serde_json::to_value(layers).unwrap_or_default(),
         });
-        if let Some(object) = record.as_object_mut().filter(|_| self.inputs.is_null()) {
+        if let Some(object) = record
+            .as_object_mut()
+            .filter(|record| record.get("inputs").is_some_and(|v| v.is_null()))
+        {
             object.shift_remove("inputs");
         }
         writer.put_json("strata.json", &record)?;
@@ -443,7 +589,7 @@ impl Walk<'_> {
 
     /// A GGUF file holds its tokenizer inside; other containers need it as files.
     fn write_gguf_tokenizer(&self, writer: &mut Writer) -> Result<()> {
-        let tokenizer = data::Tokenizer::from_checkpoint(&self.model.checkpoint)?;
+        let tokenizer = data::Tokenizer::from_checkpoint(self.source.checkpoint)?;
         let mut config = serde_json::Map::new();
         config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
         for (key, id) in [("bos_token", tokenizer.bos()), ("eos_token", tokenizer.eos())] {
@@ -453,30 +599,6 @@ impl Walk<'_> {
         }
         writer.put_file("tokenizer.json", tokenizer.to_json()?.as_bytes())?;
         Ok(writer.put_json("tokenizer_config.json", &config.into())?)
-    }
-
-    fn quant_config(&self, layout: store::packed::Layout, ignored: &[String]) -> QuantConfig {
-        let grid = &self.options.grid;
-        let group = match grid.granularity {
-            crate::grid::Granularity::Group if grid.group_size > 0 => Some(grid.group_size),
-            _ => None,
-        };
-        let gptq = &self.options.gptq;
-        let by_gptq = self.options.rounds_by_gptq();
-        let mut config = QuantConfig::new(layout, grid.bits, group, grid.symmetric);
-        config.desc_act = by_gptq && gptq.act_order;
-        config.static_groups = by_gptq && gptq.static_groups;
-        config.damping = gptq.damping;
-        config.ignore = ignored.to_vec();
-        for layer in self.plan.layers() {
-            let Some(own) = layer.grid.as_ref().filter(|own| *own != grid) else { continue };
-            let group_size = (own.group_size > 0).then_some(own.group_size);
-            let (bits, symmetric) = (own.bits, own.symmetric);
-            config
-                .overrides
-                .push((layer.name.module.clone(), Scheme { bits, group_size, symmetric }));
-        }
-        config
     }
 }
 

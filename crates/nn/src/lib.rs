@@ -6,7 +6,7 @@
 //! wrapping one `Weights` in another or by adding a [`Tap`].
 //!
 //! - `site`, `tap`: the places activations can be seen, and who sees them;
-//! - `name`, `weights`, `overlay`, `quantized`: the weights seam and its implementations;
+//! - `name`, `weights`, `overlay`, `quantized`, `stored`: the weights seam and its implementations;
 //! - `config`, `keys`, `family`: architectures as data, read from `config.json`;
 //! - `decoder`, `forward`, `attend`, `rope`, `cache`: names, the staged block, positions, KV cache;
 //! - `mapping`: which norm or linear can absorb a scale (what AWQ and rotations fold through);
@@ -30,6 +30,7 @@ pub mod overlay;
 pub mod quantized;
 mod rope;
 pub mod site;
+pub mod stored;
 pub mod tap;
 #[doc(hidden)]
 pub mod testing;
@@ -49,5 +50,7 @@ pub use name::{Leaf, Name, Role};
 pub use overlay::Overlay;
 pub use quantized::Quantized;
 pub use site::{Point, Site};
+pub use store::packed::Stored;
+pub use stored::dequantize;
 pub use tap::{Batch, Record, Replace, Tap, Taps};
 pub use weights::{CheckpointWeights, Weights};

@@ -1,14 +1,14 @@
-//! Checkpoints whose linear layers are packed integers (compressed-tensors, AutoAWQ, GPTQ):
-//! products run on the integers, nothing is dequantised as a whole.
+//! Checkpoints whose linear layers are packed (compressed-tensors, AutoAWQ, GPTQ, Strata's own):
+//! products run on the packed form, nothing is dequantised as a whole.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use store::Checkpoint;
-use store::packed::{QuantConfig, QuantizedMatrix, unpack};
-use tensor::lowbit::LowBit;
+use store::packed::{QuantConfig, Stored, load};
 use tensor::{Device, Tensor, host};
 
+use crate::stored::{Kernel, dequantize};
 use crate::validate::is_packed;
 use crate::weights::check_input;
 use crate::{CheckpointWeights, Error, Leaf, Name, Result, Weights};
@@ -18,7 +18,7 @@ use crate::{CheckpointWeights, Error, Leaf, Name, Result, Weights};
 pub struct Quantized {
     plain: CheckpointWeights,
     config: QuantConfig,
-    modules: Mutex<HashMap<String, Arc<LowBit>>>,
+    modules: Mutex<HashMap<String, Kernel>>,
 }
 
 impl Quantized {
@@ -45,20 +45,20 @@ impl Quantized {
         !checkpoint.contains(&name.weight()) && is_packed(checkpoint, &name.module)
     }
 
-    /// The codes, scales and zeros of a packed module.
+    /// A packed module as it is stored.
     ///
     /// # Errors
     /// When the module is not packed, or its tensors do not fit together or the config.
-    pub fn packed(&self, name: &Name) -> Result<QuantizedMatrix> {
-        let m = unpack(self.config.layout, self.plain.checkpoint(), &name.module, &self.config)?;
-        if [m.out_features, m.in_features] != name.shape {
+    pub fn packed(&self, name: &Name) -> Result<Stored> {
+        let stored = load(self.plain.checkpoint(), &name.module, &self.config)?;
+        if stored.shape() != name.shape {
             return Err(Error::Shape {
                 name: name.module.clone(),
-                found: vec![m.out_features, m.in_features],
+                found: stored.shape().to_vec(),
                 expected: name.shape.to_vec(),
             });
         }
-        Ok(m)
+        Ok(stored)
     }
 
     /// Builds the kernels' layout of every packed module of `names` now rather than at first use.
@@ -74,24 +74,13 @@ impl Quantized {
         Ok(())
     }
 
-    /// The module in the layout of the integer kernels.
-    fn module(&self, name: &Name) -> Result<Arc<LowBit>> {
+    /// The module in the layout of its kernel.
+    fn module(&self, name: &Name) -> Result<Kernel> {
         let modules = || self.modules.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(module) = modules().get(&name.module) {
             return Ok(module.clone());
         }
-        let m = self.packed(name)?;
-        let zeros: Vec<f32> = m.zeros.iter().map(|&z| f32::from(z)).collect();
-        let module = Arc::new(LowBit::new(
-            m.bits,
-            m.out_features,
-            m.in_features,
-            m.group_size,
-            &m.codes,
-            &m.scales,
-            &zeros,
-            m.group_index.as_deref(),
-        )?);
+        let module = Kernel::new(&self.packed(name)?)?;
         modules().insert(name.module.clone(), module.clone());
         Ok(module)
     }
@@ -113,13 +102,13 @@ impl Weights for Quantized {
         let bias = if name.bias { Some(self.vector(name, Leaf::Bias)?) } else { None };
         let bias = bias.map(host::into_vec);
         let mut y = vec![0.0; rows * out];
-        host::read(&x, |x| module.linear(x, rows, bias.as_deref(), &mut y));
+        host::read(&x, |x| module.linear(name.shape, x, rows, bias.as_deref(), &mut y));
         Ok(host::from_vec(y, [rows, out], &self.device()))
     }
 
     fn matrix(&self, name: &Name) -> Result<Tensor<2>> {
         if self.is_packed(name) {
-            return Ok(host::from_vec(self.packed(name)?.dequantize(), name.shape, &self.device()));
+            return Ok(host::from_vec(dequantize(&self.packed(name)?), name.shape, &self.device()));
         }
         self.plain.matrix(name)
     }

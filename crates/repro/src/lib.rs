@@ -7,10 +7,16 @@
 //! - `subjects`: the models that claims are tested on, natural and with planted outliers;
 //! - `arms`: one quantisation job, and the perplexity that comes out.
 
+mod adadim;
 mod arms;
 mod awq;
+mod d_pruner;
 pub mod error;
 mod gptq;
+mod layer_adaptive_pruning;
+mod layerwise_quant;
+mod pvq;
+mod rsq;
 mod rtn;
 mod subjects;
 
@@ -73,7 +79,17 @@ pub struct Reproduction {
 }
 
 /// All reproductions.
-pub const ALL: &[Reproduction] = &[rtn::REPRODUCTION, gptq::REPRODUCTION, awq::REPRODUCTION];
+pub const ALL: &[Reproduction] = &[
+    rtn::REPRODUCTION,
+    gptq::REPRODUCTION,
+    awq::REPRODUCTION,
+    adadim::REPRODUCTION,
+    rsq::REPRODUCTION,
+    pvq::REPRODUCTION,
+    layerwise_quant::REPRODUCTION,
+    layer_adaptive_pruning::REPRODUCTION,
+    d_pruner::REPRODUCTION,
+];
 
 /// Runs reproductions one after the other and puts what they found on one page.
 pub fn run(

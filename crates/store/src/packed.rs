@@ -31,11 +31,13 @@ mod compressed;
 mod config;
 mod fetch;
 mod gptq;
+pub mod own;
 pub mod sparse;
 #[cfg(test)]
 mod tests;
 
 pub use config::{QuantConfig, Scheme, config_json, parse_config};
+pub use own::Stored;
 
 /// A tensor ready to be written: name, type, shape, little-endian bytes.
 pub type PackedTensor = (String, Dtype, Vec<usize>, Vec<u8>);
@@ -191,6 +193,8 @@ pub enum Layout {
         /// `gptq_v2` stores zero points as they are, v1 stores them minus one.
         v2: bool,
     },
+    /// Strata's own container, see [`own`].
+    Strata,
 }
 
 impl Layout {
@@ -201,6 +205,7 @@ impl Layout {
             Self::AutoAwq => "awq",
             Self::Gptq { v2: false } => "gptq",
             Self::Gptq { v2: true } => "gptq_v2",
+            Self::Strata => "strata",
         }
     }
 
@@ -208,7 +213,7 @@ impl Layout {
     fn codes_leaf(self) -> &'static str {
         match self {
             Self::CompressedTensors => "weight_packed",
-            Self::AutoAwq | Self::Gptq { .. } => "qweight",
+            Self::AutoAwq | Self::Gptq { .. } | Self::Strata => "qweight",
         }
     }
 }
@@ -231,6 +236,7 @@ pub fn pack(layout: Layout, module: &str, m: &QuantizedMatrix) -> Result<Vec<Pac
         Layout::CompressedTensors => compressed::pack(module, m),
         Layout::AutoAwq => awq::pack(module, m),
         Layout::Gptq { v2 } => gptq::pack(module, m, v2),
+        Layout::Strata => own::pack(module, &Stored::Grid(m.clone()), Dtype::F16),
     }
 }
 
@@ -241,7 +247,8 @@ pub fn pack(layout: Layout, module: &str, m: &QuantizedMatrix) -> Result<Vec<Pac
 /// As [`pack`].
 pub fn check_packable(layout: Layout, module: &str, m: &QuantizedMatrix) -> Result<()> {
     let (rows, columns, group) = (m.out_features, m.in_features, m.group_size);
-    if group == 0 || columns % group != 0 {
+    let ragged = layout == Layout::Strata;
+    if group == 0 || (columns % group != 0 && !ragged) {
         let reason = format!("in = {columns} is not a multiple of the group size {group}");
         return Err(Error::packed(module, reason).with_remedy(format!(
             "group sizes that work: {}; or write it dequantised",
@@ -252,6 +259,7 @@ pub fn check_packable(layout: Layout, module: &str, m: &QuantizedMatrix) -> Resu
         Layout::CompressedTensors => compressed::check(module, m),
         Layout::AutoAwq => awq::check(module, m),
         Layout::Gptq { .. } => gptq::check(module, m),
+        Layout::Strata => Ok(()),
     }?;
     if rows == 0 || columns == 0 {
         return Err(Error::packed(module, format!("the shape [{rows}, {columns}] is empty")));
@@ -284,9 +292,31 @@ pub fn unpack(
         Layout::CompressedTensors => compressed::unpack(checkpoint, module, config),
         Layout::AutoAwq => awq::unpack(checkpoint, module),
         Layout::Gptq { v2 } => gptq::unpack(checkpoint, module, config, v2),
+        Layout::Strata => match load(checkpoint, module, config)? {
+            Stored::Grid(matrix) => return Ok(matrix),
+            other => {
+                let reason =
+                    format!("is stored as {}, not as a grid along the input", other.kind());
+                return Err(Error::packed(module, reason));
+            }
+        },
     }?;
     matrix.check(module)?;
     Ok(matrix)
+}
+
+/// Reads a packed linear layer back, whatever its layout.
+///
+/// # Errors
+/// As [`unpack`].
+pub fn load(checkpoint: &Checkpoint, module: &str, config: &QuantConfig) -> Result<Stored> {
+    if config.layout != Layout::Strata {
+        return unpack(config.layout, checkpoint, module, config).map(Stored::Grid);
+    }
+    let description = config.modules.get(module).ok_or_else(|| {
+        Error::packed(module, "has packed tensors but is not named in quantization_config")
+    })?;
+    own::unpack(checkpoint, module, description)
 }
 
 /// Whether `module` is stored in that layout.

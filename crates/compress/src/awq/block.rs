@@ -19,7 +19,7 @@ use crate::statistics::{InputStatistics, Statistics, TokenSample, Wanted};
 use crate::{Error, Result, gptq, rtn};
 use nn::{Context, Inspect, Leaf, Mapping, Name, Overlay, Prev, Stage, Taps};
 use std::collections::{BTreeMap, HashMap};
-use store::packed::QuantizedMatrix;
+use store::packed::{QuantizedMatrix, Stored};
 use tensor::{Rng, host};
 
 /// A mapping that will be searched, with its layers' weights and grid.
@@ -91,6 +91,37 @@ pub fn quantize_block(
         }
     }
     Ok(found)
+}
+
+/// [`quantize_block`] as a step of a job: keeps the search record when it is wanted.
+pub fn run_block(
+    job: &mut BlockJob<'_>,
+    options: &QuantizeOptions,
+    prepared: &Prepared,
+) -> Result<()> {
+    let found = quantize_block(job, options, prepared)?;
+    if options.awq.save_search {
+        let (record, file, bytes) = found.record(job.index)?;
+        job.files.push((file, bytes));
+        job.record = Some(
+            serde_json::to_value(record)
+                .map_err(|e| Error::Options(format!("the search cannot be written: {e}")))?,
+        );
+    }
+    Ok(())
+}
+
+/// The table of contents of the search records that the blocks left.
+pub fn finish(
+    grid: &GridOptions,
+    records: Vec<serde_json::Value>,
+) -> Result<Vec<(String, serde_json::Value)>> {
+    let records = records
+        .into_iter()
+        .map(serde_json::from_value)
+        .collect::<std::result::Result<_, _>>()
+        .map_err(|e| Error::Options(format!("the journal of the job is damaged: {e}")))?;
+    Ok(vec![(super::SEARCH_FILE.into(), super::search_contents(grid, records)?)])
 }
 
 /// The mappings of the block that can be scaled: all their layers are to be quantised, and what
@@ -464,6 +495,6 @@ fn finish_layer(
         found = Some(Limits { group_size, rows: matrix.out_features, values: clip.limits });
     }
     let quantized: QuantizedMatrix = rtn::quantize(&clipped, &grid, grid_options);
-    job.hand_in(name, grid_options, &matrix, quantized, sample.as_ref(), details)?;
+    job.hand_in(name, &matrix, Stored::Grid(quantized), sample.as_ref(), details)?;
     Ok(found)
 }

@@ -79,7 +79,7 @@ fn mixed_grids_come_back() {
             let found: Vec<(usize, &str, u8, usize)> = outcome
                 .layers
                 .iter()
-                .map(|l| (l.block, l.role.as_str(), l.bits, l.group_size))
+                .map(|l| (l.block, l.role.as_str(), l.bits.unwrap(), l.group_size.unwrap()))
                 .collect();
             let expected = [
                 (0, "query", 3, 32),

@@ -3,7 +3,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::Layout;
+use super::{Layout, own};
 use crate::error::{Error, Result};
 
 /// The grid of a linear layer.
@@ -38,6 +38,8 @@ pub struct QuantConfig {
     pub ignore: Vec<String>,
     /// Modules with a grid of their own, by full name.
     pub overrides: Vec<(String, Scheme)>,
+    /// Strata's own container: what every packed module is.
+    pub modules: own::Modules,
 }
 
 impl QuantConfig {
@@ -53,6 +55,7 @@ impl QuantConfig {
             damping: 0.01,
             ignore: Vec::new(),
             overrides: Vec::new(),
+            modules: own::Modules::new(),
         }
     }
 
@@ -85,6 +88,7 @@ pub fn config_json(config: &QuantConfig, quantised: &[String], ignored: &[String
         Layout::CompressedTensors => compressed_json(config, quantised, &ignore),
         Layout::AutoAwq => awq_json(config, &ignore),
         Layout::Gptq { v2 } => gptq_json(config, &ignore, v2),
+        Layout::Strata => own::config_json(&config.modules),
     }
 }
 
@@ -206,10 +210,16 @@ pub fn parse_config(config: &Value) -> Result<Option<QuantConfig>> {
             Ok(None)
         }
         "compressed-tensors" => parse_compressed(value).map(Some),
+        "strata" => {
+            // Bits and groups are each module's own.
+            let mut config = QuantConfig::new(Layout::Strata, 8, None, false);
+            config.modules = own::parse(value)?;
+            Ok(Some(config))
+        }
         "" if value.get("config_groups").is_some() => parse_compressed(value).map(Some),
         other => {
             Err(Error::config(format!("quant_method \"{other}\" is not one that Strata reads"))
-                .with_remedy("known are awq, gptq and compressed-tensors"))
+                .with_remedy("known are awq, gptq, compressed-tensors and strata"))
         }
     }
 }
