@@ -26,7 +26,7 @@ pub mod general;
 #[serde(default)]
 pub struct DPrunerOptions {
     /// How gradients and general importance become a weight's score
-    #[arg(long, value_enum, default_value_t = Mode::Normalised)]
+    #[arg(long, value_enum, default_value_t = Mode::Normalised, visible_alias = "preset")]
     pub importance_mode: Mode,
     /// Strength of the general term [default: 1; 0.1 in the modes paper and reference]
     #[arg(long)]

@@ -13,7 +13,9 @@
 //! ```
 
 use crate::mask::{Mask, mark_smallest};
+use nn::{Batch, Point, Site, Tap};
 use rayon::prelude::*;
+use tensor::Tensor;
 
 /// Options of Wanda.
 #[derive(
@@ -103,6 +105,64 @@ pub fn alpha_mask(scores: &[f32], [out, width]: [usize; 2], sparsity: f64) -> (M
     (mask, alpha)
 }
 
+/// Tokens whose squares are added in single precision before they join the sum.
+const STRIP: usize = 64;
+
+/// A tap that adds up the squares of every input of a set of layers.
+#[derive(Debug)]
+pub struct SquareSums {
+    point: Point,
+    sums: Vec<f64>,
+}
+
+impl SquareSums {
+    /// A tap at `point` of every block.
+    pub fn new(point: Point) -> Self {
+        Self { point, sums: Vec::new() }
+    }
+
+    /// The sums, `[in]`; `None` when no token came by.
+    pub fn into_sums(self) -> Option<Vec<f64>> {
+        (!self.sums.is_empty()).then_some(self.sums)
+    }
+
+    /// Adds the rows of `x` (`[tokens, width]`).
+    pub fn add(&mut self, x: &[f32], width: usize) {
+        self.sums.resize(width, 0.0);
+        let strips: Vec<Vec<f32>> = x
+            .par_chunks(STRIP * width.max(1))
+            .map(|rows| {
+                let mut sums = vec![0f32; width];
+                rows.chunks_exact(width).for_each(|row| add_squares(&mut sums, row));
+                sums
+            })
+            .collect();
+        for strip in strips {
+            self.sums.iter_mut().zip(strip).for_each(|(sum, part)| *sum += f64::from(part));
+        }
+    }
+}
+
+impl Tap for SquareSums {
+    fn wants(&self, site: Site) -> bool {
+        site.block.is_some() && site.point == self.point
+    }
+
+    fn at(&mut self, _site: Site, _batch: &Batch, x: Tensor<2>) -> nn::Result<Tensor<2>> {
+        let width = x.dims()[1];
+        tensor::host::read(&x, |x| self.add(x, width));
+        Ok(x)
+    }
+}
+
+tensor::simd! {
+    fn add_squares(sums: &mut [f32], row: &[f32]) {
+        for (sum, x) in sums.iter_mut().zip(row) {
+            *sum += x * x;
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -131,6 +191,18 @@ mod tests {
         for (found, wanted) in scores.iter().zip(wanted) {
             assert!((found - wanted).abs() < 1e-6, "{scores:?}");
         }
+    }
+
+    #[test]
+    fn square_sums_by_hand() {
+        let mut sums = SquareSums::new(Point::AttnIn);
+        sums.add(&[1.0, 0.0, 1.0, 0.0, 1.0, 1.0], 3);
+        sums.add(&[1.0, 1.0, 0.0, 2.0, 0.0, 1.0], 3);
+        assert_eq!(sums.into_sums().unwrap(), [6.0, 2.0, 3.0]);
+        assert_eq!(SquareSums::new(Point::AttnIn).into_sums(), None);
+        let mut many = SquareSums::new(Point::AttnIn);
+        many.add(&[3.0; 5 * 200], 5);
+        assert_eq!(many.into_sums().unwrap(), [1800.0; 5]);
     }
 
     #[test]

@@ -8,10 +8,9 @@ use super::files::{Files, Kind};
 use crate::block::{BlockJob, Calibration};
 use crate::mask::{Count, Structure};
 use crate::plan::Plan;
-use crate::prune::sets::{self, Order};
+use crate::prune::sets::{self, Needs, Order};
 use crate::runner::{Source, walk};
 use crate::sparsegpt::{self, SparseGptOptions, Target};
-use crate::statistics::Wanted;
 use crate::{Error, Result};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -91,12 +90,12 @@ fn block(job: &mut BlockJob<'_>, pass: &Pass<'_>, files: &Files) -> Result<()> {
         count: Count::Threshold,
         block_size: pass.sparsegpt.block_size,
     };
-    let wanted = Wanted { gram: true, ..Wanted::default() };
+    let needs = Needs { gram: true, ..Needs::default() };
     // The Hessian is a mean over sequences, as in the authors' code; ours is a mean over tokens.
     let per_sequence = job.calibration.length() as f32;
     let mut recorded: Vec<(String, [usize; 2], Vec<f32>)> = Vec::new();
-    sets::visit(job, wanted, pass.order, &mut |job, layers, statistics| {
-        let factor = sets::factor(layers, statistics, pass.sparsegpt.damping)?;
+    sets::visit(job, needs, pass.order, &mut |job, layers, mut inputs| {
+        let factor = sets::factor(layers, &mut inputs, pass.sparsegpt.damping)?;
         for layer in layers {
             let matrix = job.matrix(&layer.name)?;
             let mut importance = vec![0f32; matrix.values.len()];
