@@ -32,6 +32,7 @@ mod config;
 mod fetch;
 mod gptq;
 pub mod own;
+pub mod sparse;
 #[cfg(test)]
 mod tests;
 

@@ -71,7 +71,7 @@ impl Content {
                 dtype: info.dtype.to_string(),
                 shape: info.shape.clone(),
                 parameters: info.elements() as u64,
-                bytes: info.nbytes,
+                bytes: checkpoint.stored_bytes(&info.name)?,
                 statistics: if statistics { measure(&checkpoint, info)? } else { None },
             });
             progress.inc(info.nbytes);
@@ -269,6 +269,10 @@ fn layer(model: &Model, name: &Name, statistics: bool) -> Result<Row> {
         let values = model.weights.matrix(name)?;
         Some(host::read(&values, Statistics::of))
     };
+    let mut bytes = 0;
+    for info in &stored {
+        bytes += model.checkpoint.stored_bytes(&info.name)?;
+    }
     Ok(Row {
         name: name.module.clone(),
         role: Some(name.role.label()),
@@ -276,7 +280,7 @@ fn layer(model: &Model, name: &Name, statistics: bool) -> Result<Row> {
         dtype,
         shape: if name.role.is_norm() { vec![out] } else { vec![out, width] },
         parameters: (out * width + bias) as u64,
-        bytes: stored.iter().map(|info| info.nbytes).sum(),
+        bytes,
         statistics,
     })
 }
