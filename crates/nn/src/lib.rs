@@ -47,7 +47,7 @@ pub use forward::{BlockState, Context, Stage};
 pub use generate::{Sampling, generate};
 pub use mapping::{Inspect, Mapping, NormFold, Prev};
 pub use model::Model;
-pub use name::{Leaf, Name, Role};
+pub use name::{Leaf, Name, Role, Spelling};
 pub use network::{ImageSpec, Input, Mode, Network, Observed, State};
 pub use overlay::Overlay;
 pub use quantized::Quantized;

@@ -122,6 +122,18 @@ pub enum Leaf {
     RunningVar,
 }
 
+/// How the tensors of a module are named.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Spelling {
+    /// `<module>.weight`, `<module>.bias`
+    #[default]
+    Dotted,
+    /// `<module>_weight`, `<module>_bias` (the fused projection of `torch.nn.MultiheadAttention`)
+    Underscored,
+    /// `<module>`: a parameter that is no module (class tokens, learned positions of images)
+    Bare,
+}
+
 /// A module of the checkpoint and what is known about it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Name {
@@ -136,11 +148,13 @@ pub struct Name {
     /// `[out, in]`; convolutions `[out, in * height * width]`; embeddings `[count, width]`; norms
     /// `[width, 1]` (their weight is `[width]`).
     pub shape: [usize; 2],
-    /// Height and width of a convolution's kernel, stored `[out, in, height, width]`; `None` for
+    /// Height and width of a convolution's kernel; its weight is stored `[out, in, height, width]`; `None` for
     /// everything else.
     pub kernel: Option<[usize; 2]>,
     /// Whether it has a bias (`[out]`).
     pub bias: bool,
+    /// How tensors are named after the module.
+    pub spelling: Spelling,
     /// Norms only: the gain applied is `1 + weight` (Gemma), so folds act on `1 + weight`.
     pub plus_one: bool,
 }
@@ -158,11 +172,16 @@ impl Name {
 
     /// The name of one of the module's tensors.
     pub fn tensor(&self, leaf: Leaf) -> String {
-        match leaf {
-            Leaf::Weight => format!("{}.weight", self.module),
-            Leaf::Bias => format!("{}.bias", self.module),
-            Leaf::RunningMean => format!("{}.running_mean", self.module),
-            Leaf::RunningVar => format!("{}.running_var", self.module),
+        let leaf = match leaf {
+            Leaf::Weight => "weight",
+            Leaf::Bias => "bias",
+            Leaf::RunningMean => "running_mean",
+            Leaf::RunningVar => "running_var",
+        };
+        match self.spelling {
+            Spelling::Dotted => format!("{}.{leaf}", self.module),
+            Spelling::Underscored => format!("{}_{leaf}", self.module),
+            Spelling::Bare => self.module.clone(),
         }
     }
 
@@ -201,7 +220,7 @@ impl Name {
         let [out, input] = self.shape;
         if let Some([height, width]) = self.kernel {
             vec![out, input / (height * width).max(1), height, width]
-        } else if self.role == Role::ClassToken {
+        } else if self.spelling == Spelling::Bare {
             vec![1, out, input]
         } else if self.role.is_norm() {
             vec![out]
