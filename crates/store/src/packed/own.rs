@@ -302,11 +302,11 @@ mod tests {
         let stray = crate::packed::load(&checkpoint, "other", &config).unwrap_err().to_string();
         assert!(stray.contains("other"), "{stray}");
         // A description that does not fit the tensors is refused, naming the tensor.
-        let mut wrong = modules["m3.columns"].clone();
-        let Module::Columns(grid) = &mut wrong else { unreachable!() };
-        grid.bits = 4;
-        let error = unpack(&checkpoint, "m3.columns", &wrong).unwrap_err().to_string();
-        assert!(error.contains("m3.columns.qweight"), "{error}");
+        let mut wrong = modules["m3.grid"].clone();
+        let Module::Grid(grid) = &mut wrong else { unreachable!() };
+        grid.bits = 8;
+        let error = unpack(&checkpoint, "m3.grid", &wrong).unwrap_err().to_string();
+        assert!(error.contains("m3.grid.qweight"), "{error}");
     }
 
     #[test]
