@@ -206,7 +206,9 @@ impl DPrunerOptions {
             }
         }
         if self.domain_length < 2 {
-            return refuse("--domain-length must be at least 2: one token predicts the next".into());
+            return refuse(
+                "--domain-length must be at least 2: one token predicts the next".into(),
+            );
         }
         Ok(())
     }

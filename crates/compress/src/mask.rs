@@ -86,7 +86,8 @@ impl std::str::FromStr for Structure {
         if text == "unstructured" {
             return Ok(Self::Unstructured);
         }
-        let parts = text.split_once(':').and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
+        let parts =
+            text.split_once(':').and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
         match parts {
             Some((keep, of)) if 0 < keep && keep < of => Ok(Self::Blocks { keep, of }),
             _ => Err(format!(
@@ -153,7 +154,10 @@ impl std::str::FromStr for Scope {
 macro_rules! as_text {
     ($kind:ty) => {
         impl serde::Serialize for $kind {
-            fn serialize<S: serde::Serializer>(&self, s: S) -> std::result::Result<S::Ok, S::Error> {
+            fn serialize<S: serde::Serializer>(
+                &self,
+                s: S,
+            ) -> std::result::Result<S::Ok, S::Error> {
                 s.collect_str(self)
             }
         }
@@ -273,7 +277,9 @@ impl Mask {
         if out_features.checked_mul(bytes) != Some(bits.len()) || bytes == 0 {
             return None;
         }
-        let kept = |row: &[u8], column: usize| row.get(column / 8).is_some_and(|b| b >> (column % 8) & 1 == 1);
+        let kept = |row: &[u8], column: usize| {
+            row.get(column / 8).is_some_and(|b| b >> (column % 8) & 1 == 1)
+        };
         let pruned = bits
             .chunks_exact(bytes)
             .flat_map(|row| (0..in_features).map(move |column| !kept(row, column)))
@@ -424,13 +430,15 @@ pub fn random_scores(layer: &str, count: usize, seed: u64) -> Vec<f32> {
 pub fn file(block: usize, masks: &BTreeMap<String, Mask>) -> Result<(String, Vec<u8>)> {
     let name = format!("{MASK_DIRECTORY}/block-{block:05}.safetensors");
     let mut tensors = Vec::new();
+    // Shapes first: they must be aligned to eight bytes.
     for (module, mask) in masks {
         let shape = [mask.out_features as i64, mask.in_features as i64];
-        let bits = mask.bitmask();
-        let rows = vec![mask.out_features, mask.in_features.div_ceil(8)];
-        tensors.push((format!("{module}.bitmask"), Dtype::U8, rows, bits));
-        let shape = shape.iter().flat_map(|n| n.to_le_bytes()).collect();
+        let shape: Vec<u8> = shape.iter().flat_map(|n| n.to_le_bytes()).collect();
         tensors.push((format!("{module}.shape"), Dtype::I64, vec![2], shape));
+    }
+    for (module, mask) in masks {
+        let rows = vec![mask.out_features, mask.in_features.div_ceil(8)];
+        tensors.push((format!("{module}.bitmask"), Dtype::U8, rows, mask.bitmask()));
     }
     let bytes = store::safetensors::file_bytes(Path::new(&name), &tensors)?;
     Ok((name, bytes))
@@ -465,7 +473,10 @@ pub fn read(directory: &Path) -> Result<BTreeMap<String, Mask>> {
                 _ => None,
             };
             let mask = mask.ok_or_else(|| {
-                Error::layer(&module, format!("its mask in {} does not fit its shape", path.display()))
+                Error::layer(
+                    &module,
+                    format!("its mask in {} does not fit its shape", path.display()),
+                )
             })?;
             masks.insert(module, mask);
         }
@@ -489,7 +500,8 @@ mod tests {
         for n in [7usize, 100, 1001, 40_000] {
             let scores: Vec<f32> = rng.permutation(n).iter().map(|&i| 1.0 + i as f32).collect();
             for p in [0.1, 0.5, 0.52, 0.7, 0.93] {
-                let mask = build(&scores, [1, n], p, UNSTRUCTURED, Scope::Matrix, Count::Percentile);
+                let mask =
+                    build(&scores, [1, n], p, UNSTRUCTURED, Scope::Matrix, Count::Percentile);
                 assert!((mask.sparsity() - p).abs() <= 1.0 / n as f64, "{n} {p}");
                 // The definition: numpy's percentile with linear interpolation, prune <= it.
                 let place = p * (n - 1) as f64;
@@ -562,7 +574,10 @@ mod tests {
         let mask = build(&[0.0; 8], [1, 8], 0.5, Structure::TWO_OF_FOUR, Scope::Row, Count::Floor);
         assert_eq!(kept(&mask), [vec![2, 3, 6, 7]]);
         let error = Structure::TWO_OF_FOUR.check("model.a", 10).unwrap_err().to_string();
-        assert!(error.contains("model.a") && error.contains("10") && error.contains("2:4"), "{error}");
+        assert!(
+            error.contains("model.a") && error.contains("10") && error.contains("2:4"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -198,20 +198,20 @@ impl DialectName {
 pub struct DomainOptions {
     /// Text of the domain, one document per sample: .txt, .jsonl (key `text`), .json
     #[arg(long = "domain", value_name = "FILE")]
-    pub domain: Option<PathBuf>,
+    pub file: Option<PathBuf>,
     /// A dialect of the almanac as the domain
-    #[arg(long, value_enum, conflicts_with = "domain")]
+    #[arg(long, value_enum, conflicts_with = "file")]
     pub dialect: Option<DialectName>,
     /// Held-out text of the domain for the measurement; without it every tenth document of --domain
     /// is held out
-    #[arg(long, value_name = "FILE", requires = "domain")]
+    #[arg(long, value_name = "FILE", requires = "file")]
     pub domain_test: Option<PathBuf>,
 }
 
 impl DomainOptions {
     /// Whether a domain is given.
     pub fn given(&self) -> bool {
-        self.domain.is_some() || self.dialect.is_some()
+        self.file.is_some() || self.dialect.is_some()
     }
 }
 

@@ -187,8 +187,15 @@ pub fn run_job(
     }
     let mut spilled_bytes = 0;
     for (index, sets) in plan.blocks.iter().enumerate().skip(resumed_blocks) {
-        let mut block =
-            open_block(source, index, sets, calibration, walk.scale_type(), &mut resid, &mut branch)?;
+        let mut block = open_block(
+            source,
+            index,
+            sets,
+            calibration,
+            walk.scale_type(),
+            &mut resid,
+            &mut branch,
+        )?;
         job.block(&mut block)?;
         for (file, bytes) in &block.files {
             writer.put_file(file, bytes)?;

@@ -140,7 +140,11 @@ pub fn prune(
             let count = target.count.of(out * (end - start), target.sparsity);
             choose(&mut chunks, count, start, end - start);
         }
-        chunks.par_iter_mut().for_each(|chunk| chunk.sweep(start, end, upper, width, target.structure));
+        if !nothing {
+            // Even subtracting zeros would turn -0 into 0.
+            let structure = target.structure;
+            chunks.par_iter_mut().for_each(|c| c.sweep(start, end, upper, width, structure));
+        }
         start = end;
     }
     if let Some(importance) = importance {
@@ -220,7 +224,14 @@ impl Chunk {
     }
 
     /// Prunes the columns `start..end` and carries their errors to the right.
-    fn sweep(&mut self, start: usize, end: usize, upper: &[f32], width: usize, structure: Structure) {
+    fn sweep(
+        &mut self,
+        start: usize,
+        end: usize,
+        upper: &[f32],
+        width: usize,
+        structure: Structure,
+    ) {
         let rows = self.rows;
         self.errors.resize((end - start) * rows, 0.0);
         let mut panel = start;

@@ -6,6 +6,7 @@ pub mod eval;
 pub mod generate;
 pub mod inspect;
 pub mod methods;
+pub mod prune;
 pub mod quantize;
 pub mod repro;
 pub mod run;
@@ -20,6 +21,8 @@ pub enum Command {
     Inspect(inspect::Args),
     /// Make a checkpoint smaller and report what that cost
     Quantize(Box<quantize::Args>),
+    /// Set weights to zero and report what that cost
+    Prune(Box<prune::Args>),
     /// Measure a model: perplexity, accuracy, facts, multiple choice
     Eval(eval::Args),
     /// Continue a text
@@ -43,6 +46,7 @@ pub fn run(command: Command) -> Result<()> {
     match command {
         Command::Inspect(args) => inspect::run(&args),
         Command::Quantize(args) => quantize::run(*args),
+        Command::Prune(args) => prune::run(*args),
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Train(args) => train::run(&args),

@@ -69,7 +69,8 @@ impl Domain {
 
     /// The batches of an epoch, in the order that `seed` and the epoch give.
     pub fn batches(&self, batch: usize, seed: u64, epoch: usize) -> Vec<TokenBatch> {
-        let order = Rng::stream(seed, &format!("domain order {epoch}")).permutation(self.samples.len());
+        let order =
+            Rng::stream(seed, &format!("domain order {epoch}")).permutation(self.samples.len());
         order.chunks(batch.max(1)).map(|rows| self.batch(rows)).collect()
     }
 
@@ -90,9 +91,12 @@ impl Domain {
     }
 
     /// What the documents are, for records.
-    fn digest(&self) -> String {
+    pub fn digest(&self) -> String {
         let ids = self.samples.iter().flat_map(|sample| {
-            (sample.len() as u32).to_le_bytes().into_iter().chain(sample.iter().flat_map(|id| id.to_le_bytes()))
+            (sample.len() as u32)
+                .to_le_bytes()
+                .into_iter()
+                .chain(sample.iter().flat_map(|id| id.to_le_bytes()))
         });
         store::sha256_bytes(&ids.collect::<Vec<u8>>())
     }
@@ -162,9 +166,9 @@ impl Scoring<'_> {
         };
         let options = serde_json::to_value(options)
             .map_err(|e| Error::Options(format!("the options cannot be written: {e}")))?;
-        let general = self.general.map(|files| {
-            files.directory().file_name().map(|n| n.to_string_lossy().into_owned())
-        });
+        let general = self
+            .general
+            .map(|files| files.directory().file_name().map(|n| n.to_string_lossy().into_owned()));
         Ok(json!({
             "kind": "importance",
             "strata": env!("CARGO_PKG_VERSION"),
@@ -271,12 +275,11 @@ impl Scoring<'_> {
                 })
             };
             match &open {
-                Some((_, general)) => general
-                    .read(&name.module, gradient.len(), |g| {
-                        // G lies as [out, in]; gradients as the checkpoint stores the weight.
-                        let turned = name.transposed.then(|| turn(g, name.in_features()));
-                        add(turned.as_deref().unwrap_or(g), scores)
-                    })??,
+                Some((_, general)) => general.read(&name.module, gradient.len(), |g| {
+                    // G lies as [out, in]; gradients as the checkpoint stores the weight.
+                    let turned = name.transposed.then(|| turn(g, name.in_features()));
+                    add(turned.as_deref().unwrap_or(g), scores)
+                })??,
                 None => add(&[], scores)?,
             }
         }

@@ -50,10 +50,8 @@ impl Files {
         let digest = store::sha256_bytes(identity.to_string().as_bytes());
         let name = format!("{}-{}", kind.prefix(), digest.get(..12).unwrap_or_default());
         let files = Self { kind, directory: root.join(name), blocks };
-        std::fs::create_dir_all(&files.directory).map_err(|source| Error::Io {
-            path: files.directory.display().to_string(),
-            source,
-        })?;
+        std::fs::create_dir_all(&files.directory)
+            .map_err(|source| Error::Io { path: files.directory.display().to_string(), source })?;
         let record = serde_json::to_vec_pretty(identity).unwrap_or_default();
         store::write_atomic(&files.directory.join("record.json"), &record)?;
         Ok(files)

@@ -24,12 +24,7 @@ fn close(found: &[f32], wanted: &[f32]) {
 fn normalised_by_hand() {
     // mean(G) = 2; mean(g²) = (0.25 + 0.0625 + 9) / 4 = 2.328125.
     let h = 2.328125;
-    let wanted = [
-        0.5 * (1.0 + 0.5 * 0.25 / h),
-        0.5 * (1.0 + 1.5 * 0.0625 / h),
-        0.0,
-        0.0,
-    ];
+    let wanted = [0.5 * (1.0 + 0.5 * 0.25 / h), 0.5 * (1.0 + 1.5 * 0.0625 / h), 0.0, 0.0];
     close(&step(Formula::Normalised { lambda: 1.0 }, &GENERAL, &[]), &wanted);
     // Free of the scale of G.
     let scaled: Vec<f32> = GENERAL.iter().map(|g| g * 1e6).collect();
@@ -52,12 +47,7 @@ fn reference_by_hand() {
     let f = 1e-5f64;
     let p = |t: f64, g: f64, w: f64| (t + f * g * t * t) * w;
     let score = |p: f64, w: f64| (p + p * p / 2000.0 + w * w * w).abs() as f32;
-    let wanted = [
-        score(p(32768.0, 1.0, 1.0), 1.0),
-        score(p(16384.0, 3.0, -2.0), -2.0),
-        0.125,
-        0.0,
-    ];
+    let wanted = [score(p(32768.0, 1.0, 1.0), 1.0), score(p(16384.0, 3.0, -2.0), -2.0), 0.125, 0.0];
     close(&step(Formula::Reference { factor: f as f32 }, &GENERAL, &[]), &wanted);
 }
 
@@ -75,8 +65,7 @@ fn no_lambda_is_the_gradient_alone_in_every_mode() {
         let fisher: &[f32] = if mode == Mode::Paper { &fisher } else { &[] };
         close(&step(formula, &GENERAL, fisher), &step(formula, &[], fisher));
     }
-    let gradient =
-        DPrunerOptions { importance_mode: Mode::Gradient, ..DPrunerOptions::default() };
+    let gradient = DPrunerOptions { importance_mode: Mode::Gradient, ..DPrunerOptions::default() };
     close(&step(gradient.formula(0.0), &[], &[]), &[0.5, 0.5, 0.0, 0.0]);
 }
 

@@ -212,8 +212,7 @@ fn map(mask: &Mask) -> Vec<Vec<f64>> {
                     let mut pruned = 0usize;
                     for row in rows.clone() {
                         let start = row * mask.in_features;
-                        let cell =
-                            mask.pruned.get(start + columns.start..start + columns.end);
+                        let cell = mask.pruned.get(start + columns.start..start + columns.end);
                         pruned += cell.unwrap_or_default().iter().filter(|p| **p).count();
                     }
                     let share = pruned as f64 / (rows.len() * columns.len()).max(1) as f64;

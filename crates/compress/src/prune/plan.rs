@@ -80,7 +80,8 @@ impl Plan {
                 let dense = info.nbytes;
                 let kept = (dense as f64 * (1.0 - share)) as u64;
                 let mask = (info.shape.iter().product::<usize>() / 8) as u64;
-                plan.bytes_after = plan.bytes_after.saturating_sub(dense.saturating_sub(kept + mask));
+                plan.bytes_after =
+                    plan.bytes_after.saturating_sub(dense.saturating_sub(kept + mask));
             }
         }
         Ok(plan)

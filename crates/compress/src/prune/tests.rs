@@ -44,10 +44,7 @@ fn contradictions_are_refused() {
     refused(with(Magnitude, &|o| o.sparsity = 1.0), &["--sparsity 1"]);
     refused(with(Magnitude, &|o| o.sparsity = -0.1), &["--sparsity -0.1"]);
     refused(with(Magnitude, &|o| o.sparsity = f64::NAN), &["--sparsity"]);
-    refused(
-        with(Magnitude, &|o| (o.pattern, o.sparsity) = (two_of_four, 0.7)),
-        &["2:4", "0.7"],
-    );
+    refused(with(Magnitude, &|o| (o.pattern, o.sparsity) = (two_of_four, 0.7)), &["2:4", "0.7"]);
     refused(
         with(Wanda, &|o| (o.pattern, o.scope) = (two_of_four, Some(Scope::Row))),
         &["2:4", "--scope"],
