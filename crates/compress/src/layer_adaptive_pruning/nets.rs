@@ -87,6 +87,7 @@ pub fn name(module: &str, shape: [usize; 2]) -> Name {
         kernel: None,
         bias: false,
         plus_one: false,
+        spelling: nn::name::Spelling::default(),
     }
 }
 
