@@ -80,6 +80,19 @@ pub struct Observed {
     pub momentum: f32,
 }
 
+impl Observed {
+    /// Moves running statistics towards this batch: `(1 - momentum) running + momentum batch`.
+    pub fn update(&self, mean: &mut [f32], variance: &mut [f32]) {
+        let average = |running: &mut [f32], batch: &[f32]| {
+            for (running, batch) in running.iter_mut().zip(batch) {
+                *running += self.momentum * (batch - *running);
+            }
+        };
+        average(mean, &self.mean);
+        average(variance, &self.variance);
+    }
+}
+
 impl State {
     /// The state that enters a network in evaluation mode.
     pub fn new(x: Tensor<2>, shape: Vec<usize>) -> Self {
@@ -198,6 +211,11 @@ pub trait Network: Send + Sync {
     fn check(&self, checkpoint: &Checkpoint) -> Result<()> {
         self.modules().into_iter().try_for_each(|name| check_module(checkpoint, name))
     }
+}
+
+/// The error of a segment that is not there.
+pub(crate) fn no_segment(i: usize, segments: usize) -> Error {
+    Error::Input(format!("there is no segment {i}: the network has {segments}"))
 }
 
 /// The error of an input of the wrong kind.
