@@ -11,11 +11,13 @@
 //! - `layers`: which layers of a network take part, ties, operations per weight;
 //! - `round`: one round: curves, allocation, masks, the additivity monitor;
 //! - `iterate`: rounds with training in between;
+//! - `finetune`: that training, on images or text;
 //! - `output`: the files that come out.
 
 pub mod allocators;
 pub mod cache;
 pub mod curves;
+pub mod finetune;
 pub mod iterate;
 pub mod layers;
 pub mod masks;

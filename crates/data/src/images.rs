@@ -239,15 +239,14 @@ fn read(path: &Path) -> Result<Vec<u8>> {
         return Ok(bytes);
     }
     let mut unpacked = Vec::new();
-    MultiGzDecoder::new(bytes.as_slice())
-        .take(MAX_BYTES + 1)
-        .read_to_end(&mut unpacked)
-        .map_err(|error| match error.kind() {
+    MultiGzDecoder::new(bytes.as_slice()).take(MAX_BYTES + 1).read_to_end(&mut unpacked).map_err(
+        |error| match error.kind() {
             std::io::ErrorKind::UnexpectedEof => {
                 Error::file(path, "the gzip stream is cut off; fetch or pack the file again")
             }
             _ => Error::file(path, format!("is not a whole gzip file: {error}")),
-        })?;
+        },
+    )?;
     if unpacked.len() as u64 > MAX_BYTES { Err(too_large()) } else { Ok(unpacked) }
 }
 

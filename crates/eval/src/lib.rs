@@ -18,6 +18,6 @@ pub use accuracy::{NextTokenAccuracy, next_token_accuracy};
 pub use choice::{ChoiceScores, Question, multiple_choice, read_questions};
 pub use compare::{Comparison, compare};
 pub use error::{Error, Result};
-pub use images::{ClassScore, ImageScores, check_images, classify, classify_with};
 pub use facts::{FactScores, Score, facts};
+pub use images::{ClassScore, ImageScores, check_images, classify, classify_with};
 pub use perplexity::{Perplexity, perplexity, perplexity_with};

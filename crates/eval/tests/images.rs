@@ -32,7 +32,10 @@ fn residual_networks_reach_their_accuracy() {
         let model = open_network(&path).unwrap();
         assert_eq!(model.network.layers().len(), depth);
         let scores = classify(model.network.as_ref(), model.weights.as_ref(), &images).unwrap();
-        println!("{name}: {:.4}, loss {:.4}, {:.2} s", scores.accuracy, scores.loss, scores.seconds);
+        println!(
+            "{name}: {:.4}, loss {:.4}, {:.2} s",
+            scores.accuracy, scores.loss, scores.seconds
+        );
         // 91.64 % and 92.82 % of 1017 images.
         assert_eq!(scores.correct, correct, "{name}");
         assert_eq!(scores.classes[3].label, "cat");
@@ -62,11 +65,8 @@ fn scores_of_a_chain_by_hand() {
     let tensors = [("net.weight".to_string(), vec![2, 2], vec![1.0, 0.0, 0.0, 1.0])];
     testing::write_safetensors(&dir.path().join("model.safetensors"), &tensors).unwrap();
     let model = open_network(dir.path()).unwrap();
-    let images = Images {
-        shape: [1, 1, 2],
-        pixels: vec![0, 255, 255, 0, 0, 255],
-        labels: vec![1, 0, 0],
-    };
+    let images =
+        Images { shape: [1, 1, 2], pixels: vec![0, 255, 255, 0, 0, 255], labels: vec![1, 0, 0] };
     let (network, w) = (model.network.as_ref(), model.weights.as_ref());
     let scores = classify(network, w, &images).unwrap();
     assert_eq!((scores.correct, scores.images), (2, 3));

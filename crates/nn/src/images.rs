@@ -23,10 +23,9 @@ impl ImageSpec {
     /// preprocessor_config.json.
     pub(crate) fn described(mut self, config: &Value, checkpoint: &Checkpoint) -> Result<Self> {
         let preprocessor = preprocessor(checkpoint)?;
-        for (key, other, values) in [
-            ("mean", "image_mean", &mut self.mean),
-            ("std", "image_std", &mut self.deviation),
-        ] {
+        for (key, other, values) in
+            [("mean", "image_mean", &mut self.mean), ("std", "image_std", &mut self.deviation)]
+        {
             let stated = config.get(key).map(|v| (key, v));
             let found = stated.or_else(|| Some((other, preprocessor.as_ref()?.get(other)?)));
             if let Some((key, value)) = found {
@@ -64,9 +63,9 @@ fn per_channel(key: &str, value: &Value, channels: usize) -> Result<Vec<f32>> {
         Value::Array(all) => all.iter().map(|v| v.as_f64().map(|v| v as f32)).collect(),
         _ => None,
     };
-    numbers
-        .filter(|n| n.len() == channels && n.iter().all(|v| v.is_finite()))
-        .ok_or_else(|| Error::config(key, format!("{value} is not one number per channel ({channels})")))
+    numbers.filter(|n| n.len() == channels && n.iter().all(|v| v.is_finite())).ok_or_else(|| {
+        Error::config(key, format!("{value} is not one number per channel ({channels})"))
+    })
 }
 
 fn labels(config: &Value) -> Result<Vec<String>> {
@@ -82,7 +81,9 @@ fn labels(config: &Value) -> Result<Vec<String>> {
         let place = id.parse::<usize>().ok().and_then(|id| labels.get_mut(id));
         match (place, label.as_str()) {
             (Some(place), Some(label)) => *place = label.to_string(),
-            _ => return Err(Error::config("id2label", format!("`{id}` is not a class with a name"))),
+            _ => {
+                return Err(Error::config("id2label", format!("`{id}` is not a class with a name")));
+            }
         }
     }
     Ok(labels)

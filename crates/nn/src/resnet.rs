@@ -7,8 +7,8 @@
 
 use serde_json::Value;
 use store::Checkpoint;
-use tensor::ops::{self, BatchNorm, Conv2d, Moments};
 use tensor::Tensor;
+use tensor::ops::{self, BatchNorm, Conv2d, Moments};
 
 use crate::images::{check_state, expect, image_size, rows_of_pixels};
 use crate::keys::Keys;
@@ -59,7 +59,10 @@ impl ResNet {
     pub fn cifar(depth: usize, classes: usize) -> Result<Self> {
         let n = depth.saturating_sub(2) / 6;
         if n == 0 || depth != 6 * n + 2 || n > MAX_BLOCKS {
-            return Err(Error::config("depth", format!("{depth} is not 6 n + 2 (20, 32, 44, 56, ...)")));
+            return Err(Error::config(
+                "depth",
+                format!("{depth} is not 6 n + 2 (20, 32, 44, 56, ...)"),
+            ));
         }
         if classes == 0 {
             return Err(Error::config("num_classes", "is 0"));
@@ -94,9 +97,9 @@ impl ResNet {
         }
         let images = images.described(config, checkpoint)?;
         let stages = stages(checkpoint, &prefix, width)?;
-        let head = ["linear", "fc"].into_iter().find(|h| {
-            checkpoint.contains(&format!("{prefix}{h}.weight"))
-        });
+        let head = ["linear", "fc"]
+            .into_iter()
+            .find(|h| checkpoint.contains(&format!("{prefix}{h}.weight")));
         let Some(head) = head else {
             return Err(Error::Missing {
                 name: format!("{prefix}linear.weight"),
@@ -124,17 +127,18 @@ impl ResNet {
         head: &str,
         classes: usize,
     ) -> Self {
-        let conv = |module: String, role, block, [filters, channels]: [usize; 2], size: usize| Name {
-            module,
-            role,
-            block,
-            transposed: false,
-            shape: [filters, channels * size * size],
-            kernel: Some([size, size]),
-            spelling: Spelling::Dotted,
-            bias: false,
-            plus_one: false,
-        };
+        let conv =
+            |module: String, role, block, [filters, channels]: [usize; 2], size: usize| Name {
+                module,
+                role,
+                block,
+                transposed: false,
+                shape: [filters, channels * size * size],
+                kernel: Some([size, size]),
+                spelling: Spelling::Dotted,
+                bias: false,
+                plus_one: false,
+            };
         let unit = |conv: Name, norm: String, stride| ConvNorm {
             norm: Name {
                 module: norm,
@@ -203,7 +207,10 @@ impl ResNet {
         ];
         for (key, found, stated) in stated {
             if let Some(stated) = stated.filter(|&s| s != found) {
-                return Err(Error::config(key, format!("is {stated}, but the tensors say {found}")));
+                return Err(Error::config(
+                    key,
+                    format!("is {stated}, but the tensors say {found}"),
+                ));
             }
         }
         Ok(())
@@ -256,7 +263,12 @@ impl ResNet {
         Ok((y, [images, tall, wide]))
     }
 
-    fn block(&self, block: &Block, w: &dyn Weights, state: &mut State) -> Result<(Tensor<2>, [usize; 3])> {
+    fn block(
+        &self,
+        block: &Block,
+        w: &dyn Weights,
+        state: &mut State,
+    ) -> Result<(Tensor<2>, [usize; 3])> {
         let shape = geometry(&state.shape)?;
         let x = state.x.clone();
         let [filters, channels] = [block.second.conv.shape[0], x.dims()[1]];
@@ -369,7 +381,8 @@ impl Network for ResNet {
     }
 
     fn modules(&self) -> Vec<&Name> {
-        let blocks = self.blocks.iter().flat_map(|b| b.shortcut.iter().chain([&b.first, &b.second]));
+        let blocks =
+            self.blocks.iter().flat_map(|b| b.shortcut.iter().chain([&b.first, &b.second]));
         let units = [&self.stem].into_iter().chain(blocks);
         units.flat_map(|u| [&u.conv, &u.norm]).chain([&self.head]).collect()
     }
@@ -405,7 +418,9 @@ impl Network for ResNet {
     fn segment(&self, i: usize, w: &dyn Weights, mut state: State) -> Result<State> {
         let unit = match i.checked_sub(1) {
             None => &self.stem,
-            Some(block) => &self.blocks.get(block).ok_or_else(|| no_segment(i, self.segments()))?.first,
+            Some(block) => {
+                &self.blocks.get(block).ok_or_else(|| no_segment(i, self.segments()))?.first
+            }
         };
         let channels = unit.conv.shape[1] / 9;
         check_state(&format!("segment {i}"), &state.x, &state.shape, 3, channels)?;
@@ -457,7 +472,8 @@ mod tests {
         let network = ResNet::cifar(8, 4).unwrap();
         random_network(dir.path(), &network, None, 2).unwrap();
         let w = CheckpointWeights::new(Checkpoint::open(dir.path()).unwrap()).unwrap();
-        let pixels: Vec<f32> = (0..2 * 3072).map(|i| ((i * 37) % 101) as f32 / 50.0 - 1.0).collect();
+        let pixels: Vec<f32> =
+            (0..2 * 3072).map(|i| ((i * 37) % 101) as f32 / 50.0 - 1.0).collect();
         let both = Input::Images { pixels: &pixels, shape: [2, 3, 32, 32] };
         let second = Input::Images { pixels: &pixels[3072..], shape: [1, 3, 32, 32] };
         let logits = host::into_vec(network.predict(&w, &both).unwrap());
@@ -512,12 +528,8 @@ mod tests {
 
     #[test]
     fn running_statistics_move_by_the_momentum() {
-        let seen = Observed {
-            module: "bn".into(),
-            mean: vec![1.0],
-            variance: vec![4.0],
-            momentum: 0.1,
-        };
+        let seen =
+            Observed { module: "bn".into(), mean: vec![1.0], variance: vec![4.0], momentum: 0.1 };
         let (mut mean, mut variance) = ([0.0], [2.0]);
         seen.update(&mut mean, &mut variance);
         assert_eq!((mean[0], variance[0]), (0.1, 2.2));

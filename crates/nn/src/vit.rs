@@ -7,8 +7,8 @@
 
 use serde_json::Value;
 use store::Checkpoint;
-use tensor::ops::{self, Activation, AttentionSpec, Conv2d};
 use tensor::Tensor;
+use tensor::ops::{self, Activation, AttentionSpec, Conv2d};
 
 use crate::images::{check_state, expect, image_size, rows_of_pixels, stated_classes};
 use crate::keys::Keys;
@@ -147,7 +147,8 @@ impl Vit {
             hidden: keys.size("d_model")?,
             inner: keys.size("d_ff")?,
             layers: keys.layers("n_layers")?,
-            classes: stated_classes(config)?.ok_or_else(|| Error::config("num_classes", "is missing"))?,
+            classes: stated_classes(config)?
+                .ok_or_else(|| Error::config("num_classes", "is missing"))?,
             qkv_bias: true,
         };
         let mut images = ImageSpec::new(keys.optional_size("channels")?.unwrap_or(1), 1, 1);
@@ -212,7 +213,8 @@ impl Vit {
             return Err(Error::config("num_attention_heads", reason));
         }
         let prefix = table.prefix;
-        let outer = |module: &str, role, shape| name(format!("{prefix}{module}"), role, None, shape);
+        let outer =
+            |module: &str, role, shape| name(format!("{prefix}{module}"), role, None, shape);
         let bare = |n: Name| Name { spelling: Spelling::Bare, bias: false, ..n };
         let class = self.pool == Pool::ClassToken;
         self.class_token =
@@ -449,8 +451,8 @@ impl Vit {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::random_network;
     use crate::open_network;
+    use crate::testing::random_network;
     use serde_json::json;
     use tensor::host;
 

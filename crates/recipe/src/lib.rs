@@ -2,6 +2,7 @@
 //!
 //! - `quantize`: the main job, from a checkpoint to a smaller one with a report;
 //! - `prune`: the same for pruning, with a `domain` where a method serves one;
+//! - `layer_adaptive`: pruning with a sparsity of its own for every layer, of any family;
 //! - `measure`: the same evaluation before and after;
 //! - `present`: what a finished job looks like;
 //! - `recipe`: jobs as YAML, stage after stage.
@@ -10,6 +11,7 @@
 
 pub mod domain;
 pub mod error;
+pub mod layer_adaptive;
 pub mod measure;
 mod present;
 pub mod prune;

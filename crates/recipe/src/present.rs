@@ -1,5 +1,6 @@
 //! What a finished job looks like: the report of a quantisation.
 
+pub mod layer_adaptive;
 pub mod prune;
 
 use crate::quantize::{Comparison, QuantizeJob};

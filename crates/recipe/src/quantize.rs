@@ -146,9 +146,14 @@ impl QuantizeJob {
 /// Where the input comes from: its name, the hashes of its small files, size and name of its
 /// weight files (hashing many gigabytes would double the reading), and its own record.
 pub(crate) fn provenance(model: &Model) -> Result<serde_json::Value> {
-    let directory = model.checkpoint.directory();
+    provenance_of(&model.checkpoint)
+}
+
+/// As [`provenance`], of a checkpoint of any family.
+pub(crate) fn provenance_of(checkpoint: &store::Checkpoint) -> Result<serde_json::Value> {
+    let directory = checkpoint.directory();
     let mut files = serde_json::Map::new();
-    for path in model.checkpoint.files() {
+    for path in checkpoint.files() {
         let name = path.file_name().map(|n| n.to_string_lossy().into_owned());
         let size = std::fs::metadata(path).map(|m| m.len()).unwrap_or(0);
         files.insert(name.unwrap_or_default(), serde_json::json!({"bytes": size}));

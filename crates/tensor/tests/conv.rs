@@ -132,7 +132,8 @@ fn batch_norm_by_hand() {
         mean: host::from_vec(vec![0.0, 1.0], [2], &cpu),
         variance: host::from_vec(vec![4.0, 1.0], [2], &cpu),
     };
-    let (y, seen) = ops::batch_norm(x.clone(), BatchNorm { moments: given, ..exact }, Some(x), false);
+    let (y, seen) =
+        ops::batch_norm(x.clone(), BatchNorm { moments: given, ..exact }, Some(x), false);
     assert!(seen.is_none());
     assert_eq!(host::into_vec(y), [2.5, 3.5, 6.5, 3.5]);
 }
@@ -153,7 +154,8 @@ fn batch_norm_agrees_with_burn() {
             },
             false => Moments::Batch,
         };
-        let inputs = if with_residual { vec![x.clone(), residual.clone()] } else { vec![x.clone()] };
+        let inputs =
+            if with_residual { vec![x.clone(), residual.clone()] } else { vec![x.clone()] };
         let own = gradients(&inputs, &vectors, |m, v| {
             ops::batch_norm(m[0].clone(), norm(v, moments()), m.get(1).cloned(), relu).0
         });
@@ -187,14 +189,8 @@ fn a_norm_in_the_weights_changes_nothing() {
         };
         let residual = random(7, [spec.out_rows(), spec.filters], &cpu);
         let n = norm(&vectors, moments);
-        let (fused, _) = ops::conv2d_norm(
-            x.clone(),
-            w.clone(),
-            spec,
-            n.clone(),
-            Some(residual.clone()),
-            true,
-        );
+        let (fused, _) =
+            ops::conv2d_norm(x.clone(), w.clone(), spec, n.clone(), Some(residual.clone()), true);
         let y = ops::conv2d(x, w, None, spec);
         let (apart, _) = ops::batch_norm(y, n, Some(residual), true);
         close(&host::into_vec(fused), &host::into_vec(apart), 5e-6, &format!("case {i}"));
@@ -205,17 +201,17 @@ fn a_norm_in_the_weights_changes_nothing() {
 fn shortcuts_and_pooling() {
     let cpu = device("cpu").unwrap();
     let x = random(1, [2 * 5 * 4, 3], &cpu);
-    let own = gradients(&[x.clone()], &[], |m, _| {
-        ops::subsample(m[0].clone(), [2, 5, 4], 2, 1, 6)
-    });
-    let burn = gradients(&[x.clone()], &[], |m, _| {
-        composed::subsample(m[0].clone(), [2, 5, 4], 2, 1, 6)
-    });
+    let own = gradients(&[x.clone()], &[], |m, _| ops::subsample(m[0].clone(), [2, 5, 4], 2, 1, 6));
+    let burn =
+        gradients(&[x.clone()], &[], |m, _| composed::subsample(m[0].clone(), [2, 5, 4], 2, 1, 6));
     assert_eq!(own, burn);
     // Pixel (4, 2) of image 1 is row 11 of the result: 0, its three channels, 0, 0.
     let values = host::into_vec(x.clone());
     let from = (20 + 4 * 4 + 2) * 3;
-    assert_eq!(own[0][11 * 6..][..6], [0.0, values[from], values[from + 1], values[from + 2], 0., 0.]);
+    assert_eq!(
+        own[0][11 * 6..][..6],
+        [0.0, values[from], values[from + 1], values[from + 2], 0., 0.]
+    );
     let own = gradients(&[x.clone()], &[], |m, _| ops::mean_pool(m[0].clone(), 20));
     let burn = gradients(&[x], &[], |m, _| composed::mean_pool(m[0].clone(), 20));
     for (own, burn) in own.iter().zip(&burn) {

@@ -16,8 +16,9 @@ use super::samples::Samples;
 use crate::runner::Target;
 use crate::{Error, Result};
 use nn::{Network, Weights};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use store::packed::sparse::SparseLayout;
 use store::{Checkpoint, Dtype, WriteOptions, Writer};
 
 /// Values of trained tensors by name, as the checkpoint orders them.
@@ -28,12 +29,13 @@ pub trait Finetune {
     /// The weights as they are now.
     fn weights(&self) -> Box<dyn Weights + Sync + '_>;
 
-    /// `steps` steps of training; weights that `masks` (by module) drop are zero before, during and
-    /// after. Returns the mean loss of the last tenth of the steps.
+    /// `steps` steps of training after round `round`; weights that `masks` (by module) drop are zero
+    /// before, during and after. What happens depends on the weights and the round only, so that a
+    /// resumed job repeats it. Returns the mean loss of the last tenth of the steps.
     ///
     /// # Errors
     /// When training diverges.
-    fn train(&mut self, masks: &BTreeMap<String, Mask>, steps: u64) -> Result<f64>;
+    fn train(&mut self, masks: &BTreeMap<String, Mask>, steps: u64, round: u32) -> Result<f64>;
 
     /// Every value that training may change.
     fn snapshot(&self) -> Snapshot;
@@ -70,6 +72,8 @@ pub struct Job<'a> {
     pub record: serde_json::Value,
     /// Largest size of one output shard.
     pub max_shard_size: u64,
+    /// How masked linear layers are stored; `None` for ordinary weights.
+    pub layout: Option<SparseLayout>,
 }
 
 /// One line of a job's history.
@@ -200,7 +204,7 @@ pub fn rounds(
             if let Some(snapshot) = rewound {
                 finetune.restore(&snapshot)?;
             }
-            loss = Some(finetune.train(&masks, options.finetune_steps)?);
+            loss = Some(finetune.train(&masks, options.finetune_steps, t)?);
         }
         history.push(RoundNote {
             round: t,
@@ -227,7 +231,10 @@ pub fn rounds(
 /// As [`rounds`], and from the files.
 pub fn run(mut job: Job<'_>, target: &Target<'_>) -> Result<Pruned> {
     job.options.check(job.sparsity)?;
-    crate::runner::refuse_quantized(job.checkpoint)?;
+    let config = config_of(job.checkpoint)?;
+    if config.is_some() {
+        crate::runner::refuse_quantized(job.checkpoint)?;
+    }
     let training = job.finetune.as_ref().map(|f| f.identity());
     let samples = job.samples.map(|s| s.identity());
     let identity = serde_json::json!({
@@ -273,7 +280,8 @@ pub fn run(mut job: Job<'_>, target: &Target<'_>) -> Result<Pruned> {
     };
     let trained = |name: &str| snapshot.get(name).cloned();
     let masked = output::Masked::new(&job.places, &round.masks);
-    output::write_checkpoint(&mut writer, job.checkpoint, &masked, &trained)?;
+    let sparse =
+        output::write_checkpoint(&mut writer, job.checkpoint, &masked, &trained, job.layout)?;
     output::write_masks(
         &mut writer,
         job.checkpoint,
@@ -291,7 +299,9 @@ pub fn run(mut job: Job<'_>, target: &Target<'_>) -> Result<Pruned> {
         writer.put_json(output::CURVES_FILE, &curves)?;
     }
     crate::runner::carry(&mut writer, job.checkpoint)?;
-    writer.put_json("config.json", job.checkpoint.config()?)?;
+    if let Some(config) = with_layout(&job, config, &round, &sparse) {
+        writer.put_json("config.json", &config)?;
+    }
     let record = serde_json::json!({
         "strata": env!("CARGO_PKG_VERSION"),
         "job": "prune",
@@ -304,6 +314,72 @@ pub fn run(mut job: Job<'_>, target: &Target<'_>) -> Result<Pruned> {
     writer.put_json("strata.json", &record)?;
     let path = writer.finish()?;
     Ok(Pruned { path, round, history, resumed })
+}
+
+/// The checkpoint's config; `None` for a bare file of weights.
+fn config_of(checkpoint: &Checkpoint) -> Result<Option<serde_json::Value>> {
+    match checkpoint.config() {
+        Ok(config) => Ok(Some(config.clone())),
+        Err(store::Error::NotFound { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The output's config, with the announcement of what is stored sparse.
+fn with_layout(
+    job: &Job<'_>,
+    config: Option<serde_json::Value>,
+    round: &Round,
+    stored_sparse: &BTreeSet<String>,
+) -> Option<serde_json::Value> {
+    let Some(layout) = job.layout.filter(|_| !stored_sparse.is_empty()) else { return config };
+    let shares = || round.layers.iter().filter(|l| stored_sparse.contains(&l.module));
+    let total: usize = shares().map(|l| l.total).sum();
+    let kept: usize = shares().map(|l| l.kept).sum();
+    let mut ignored: Vec<String> = job
+        .network
+        .layers()
+        .into_iter()
+        .map(|(_, name)| name.module)
+        .filter(|module| !stored_sparse.contains(module))
+        .collect();
+    if !ignored.iter().any(|module| module == "lm_head") && !stored_sparse.contains("lm_head") {
+        ignored.push("lm_head".into());
+    }
+    let sparsity = 1.0 - kept as f64 / total.max(1) as f64;
+    let json = store::packed::sparse::config_json(layout, sparsity, &ignored);
+    let mut config = config.unwrap_or_else(|| serde_json::json!({}));
+    if let Some(object) = config.as_object_mut() {
+        object.insert("quantization_config".into(), json);
+    }
+    Some(config)
+}
+
+/// Reads what a finished job wrote about itself: the last round (without masks) and the history.
+///
+/// # Errors
+/// Files that are missing or damaged, by name.
+pub fn read(directory: &Path) -> Result<(Round, Vec<RoundNote>)> {
+    let load = |file: &str| -> Result<Option<serde_json::Value>> {
+        let path = directory.join(file);
+        if !path.is_file() {
+            return Ok(None);
+        }
+        let shown = path.display().to_string();
+        let bytes =
+            std::fs::read(&path).map_err(|source| Error::Io { path: shown.clone(), source })?;
+        serde_json::from_slice(&bytes)
+            .map(Some)
+            .map_err(|e| Error::Options(format!("{shown} is damaged: {e}")))
+    };
+    let missing = || {
+        let path = directory.join(output::ALLOCATION_FILE);
+        Error::Options(format!("{} is not there", path.display()))
+    };
+    let allocation = load(output::ALLOCATION_FILE)?.ok_or_else(missing)?;
+    let curves = load(output::CURVES_FILE)?.unwrap_or_default();
+    output::parse(&allocation, &curves)
+        .ok_or_else(|| Error::Options(format!("{} is damaged", directory.display())))
 }
 
 /// A finished round on disk.
@@ -398,7 +474,7 @@ mod tests {
             Box::new(self.weights.clone())
         }
 
-        fn train(&mut self, masks: &BTreeMap<String, Mask>, steps: u64) -> Result<f64> {
+        fn train(&mut self, masks: &BTreeMap<String, Mask>, steps: u64, round: u32) -> Result<f64> {
             self.trained += 1;
             if self.trained == self.fails_at {
                 return Err(Error::Options("killed".into()));
@@ -414,7 +490,7 @@ mod tests {
                 masks[&name.module].apply(&mut values);
                 self.weights.set(name, values);
             }
-            Ok(1.0 / self.trained as f64)
+            Ok(1.0 / f64::from(round))
         }
 
         fn snapshot(&self) -> Snapshot {

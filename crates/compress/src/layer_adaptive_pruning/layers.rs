@@ -127,7 +127,8 @@ pub fn dimensions(name: &Name) -> usize {
 }
 
 /// How often one sample uses each weight of every layer (by module): output positions of a
-/// convolution, tokens of a linear layer. Measured by a pass over `input`.
+/// convolution, tokens of a linear layer. Linear layers are counted on a pass over `input`;
+/// convolutions by the geometry in which their segment leaves the state.
 ///
 /// # Errors
 /// From the network.
@@ -137,10 +138,21 @@ pub fn positions(
     input: &Input<'_>,
 ) -> Result<HashMap<String, u64>> {
     let counter = Counter { base: weights, rows: Mutex::default() };
-    network.predict(&counter, input)?;
     let samples = input.samples().max(1) as u64;
+    let layers = network.layers();
+    let mut state = network.enter(&counter, input)?;
+    let mut found: HashMap<String, u64> = HashMap::new();
+    for segment in 0..network.segments() {
+        state = network.segment(segment, &counter, state)?;
+        let places: usize = state.shape.iter().skip(1).product();
+        for (_, name) in layers.iter().filter(|(s, n)| *s == segment && n.kernel.is_some()) {
+            found.insert(name.module.clone(), places as u64);
+        }
+    }
+    network.exit(&counter, state)?;
     let rows = counter.rows.into_inner().unwrap_or_else(PoisonError::into_inner);
-    Ok(rows.into_iter().map(|(module, rows)| (module, rows.div_ceil(samples))).collect())
+    found.extend(rows.into_iter().map(|(module, rows)| (module, rows.div_ceil(samples))));
+    Ok(found)
 }
 
 /// Weights that count the rows every layer multiplies.

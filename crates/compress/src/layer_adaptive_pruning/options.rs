@@ -160,6 +160,10 @@ pub struct LayerAdaptivePruningOptions {
     /// Steps of every layer's rate-distortion curve
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub curve_points: usize,
+    /// Calibration samples for the curves, spread evenly over the images of --calibration, or drawn
+    /// as token windows [default: 256 images, or windows of 2,048 tokens in all]
+    #[arg(long, value_name = "N")]
+    pub curve_samples: Option<usize>,
     /// Never let a curve fall before allocating
     #[arg(long)]
     pub monotone_curves: bool,
@@ -196,6 +200,9 @@ pub struct LayerAdaptivePruningOptions {
     /// Training steps after every round
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub finetune_steps: u64,
+    /// What the training reads: labelled images, or text [default: --calibration, or the almanac]
+    #[arg(long, value_name = "FILE")]
+    pub finetune_data: Option<PathBuf>,
     /// Samples per training step
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub finetune_batch: usize,
@@ -217,6 +224,7 @@ impl Default for LayerAdaptivePruningOptions {
             distortion: None,
             preset: None,
             curve_points: 100,
+            curve_samples: None,
             monotone_curves: false,
             curve_cache: None,
             allocation_units: crate::allocate::UNITS,
@@ -229,6 +237,7 @@ impl Default for LayerAdaptivePruningOptions {
             synthetic_calibration: false,
             rounds: 1,
             finetune_steps: 0,
+            finetune_data: None,
             finetune_batch: 100,
             finetune_rate: 3e-4,
             rewind: Rewind::None,
@@ -262,6 +271,9 @@ impl LayerAdaptivePruningOptions {
         }
         if self.allocation_units == 0 {
             return refuse("--allocation-units must be at least 1".into());
+        }
+        if self.curve_samples == Some(0) {
+            return refuse("--curve-samples must be at least 1".into());
         }
         if self.rounds == 0 {
             return refuse("--rounds must be at least 1".into());

@@ -6,13 +6,15 @@
 //! any family can be written, whether Strata computes with it block by block or not.
 
 use super::curves::{Curve, Distortion};
+use super::iterate::RoundNote;
 use super::layers::Place;
 use super::masks::Mask;
 use super::options::MaskExport;
 use super::round::{LayerShare, Round};
 use crate::{Error, Result};
 use nn::{Name, Role};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use store::packed::sparse::{self, SparseLayout};
 use store::{Checkpoint, Dtype, TensorInfo, Writer};
 
 /// The file that says what every layer keeps.
@@ -59,7 +61,7 @@ impl<'a> Masked<'a> {
 }
 
 /// The flags of a mask in the order in which the checkpoint stores the weight.
-fn stored_flags(name: &Name, mask: &Mask) -> Vec<bool> {
+pub(super) fn stored_flags(name: &Name, mask: &Mask) -> Vec<bool> {
     let [out, width] = name.shape;
     if !name.transposed {
         return mask.flags().to_vec();
@@ -67,28 +69,44 @@ fn stored_flags(name: &Name, mask: &Mask) -> Vec<bool> {
     (0..width).flat_map(|c| (0..out).map(move |r| mask.keeps(r * width + c))).collect()
 }
 
-/// Writes every tensor of `checkpoint`, masked where it has a mask.
+/// Writes every tensor of `checkpoint`, masked where it has a mask; with a `layout` the masked
+/// linear layers are stored sparse. Returns the modules that are.
 ///
 /// # Errors
-/// A mask that does not fit its tensor, trained values that do not fit the stored type, and from
-/// the files.
+/// A mask that does not fit its tensor, trained values that do not fit the stored type, a layout
+/// that cannot hold a layer, and from the files.
 pub fn write_checkpoint(
     writer: &mut Writer,
     checkpoint: &Checkpoint,
     masked: &Masked<'_>,
     trained: Trained<'_>,
-) -> Result<()> {
+    layout: Option<SparseLayout>,
+) -> Result<BTreeSet<String>> {
+    let mut stored_sparse = BTreeSet::new();
     for info in checkpoint.infos() {
-        let name = &info.name;
-        let flags = masked.of(info).map(|(name, mask)| stored_flags(name, mask));
+        let tensor = &info.name;
         let (dtype, mut bytes) = encoded(checkpoint, info, trained)?;
-        if let Some(flags) = &flags {
-            zero(name, &mut bytes, flags)?;
+        let found = masked.of(info);
+        if let Some((name, mask)) = found {
+            zero(tensor, &mut bytes, &stored_flags(name, mask))?;
         }
-        writer.add(name, dtype, &info.shape, &bytes)?;
-        checkpoint.release(name);
+        match (found, layout) {
+            // Convolutions, embeddings and transposed layers stay dense: the layout holds `Linear`.
+            (Some((name, _)), Some(layout))
+                if name.kernel.is_none() && !name.transposed && *tensor == name.weight() =>
+            {
+                for (part, dtype, shape, bytes) in
+                    sparse::pack(layout, &name.module, dtype, name.shape, &bytes)?
+                {
+                    writer.add(&part, dtype, &shape, &bytes)?;
+                }
+                stored_sparse.insert(name.module.clone());
+            }
+            _ => writer.add(tensor, dtype, &info.shape, &bytes)?,
+        }
+        checkpoint.release(tensor);
     }
-    Ok(())
+    Ok(stored_sparse)
 }
 
 /// The bytes of a tensor: as they are, or trained values in the stored type. Types that no
@@ -200,10 +218,37 @@ pub fn allocation(
         "layers": layers,
         "warnings": round.warnings,
     });
-    if let Some(object) = value.as_object_mut().filter(|_| rounds.len() > 1) {
+    if let Some(object) = value.as_object_mut() {
         object.insert("rounds".into(), rounds.into());
     }
     value
+}
+
+/// The round and its history from what [`allocation`] and [`curves`] wrote; masks are not in them.
+pub(super) fn parse(
+    allocation: &serde_json::Value,
+    curves: &serde_json::Value,
+) -> Option<(Round, Vec<RoundNote>)> {
+    let number = |key: &str| allocation.get(key).and_then(serde_json::Value::as_f64);
+    let sparsity = allocation.get("sparsity")?;
+    let read = |key: &str| allocation.get(key).cloned().unwrap_or_default();
+    let round = Round {
+        layers: serde_json::from_value(read("layers")).ok()?,
+        requested: sparsity.get("requested")?.as_f64()?,
+        reached: sparsity.get("reached")?.as_f64()?,
+        operations: number("operations_left"),
+        predicted: number("predicted_distortion"),
+        measured: number("measured_distortion"),
+        unused: read("unused_budget").as_u64().unwrap_or(0),
+        exact: read("optimal_on_the_curves").as_bool(),
+        curves: match curves.get("layers") {
+            Some(layers) => serde_json::from_value(layers.clone()).ok()?,
+            None => Vec::new(),
+        },
+        masks: BTreeMap::new(),
+        warnings: serde_json::from_value(read("warnings")).ok()?,
+    };
+    Some((round, serde_json::from_value(read("rounds")).ok()?))
 }
 
 fn layer_json(layer: &LayerShare) -> serde_json::Value {

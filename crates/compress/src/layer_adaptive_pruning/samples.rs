@@ -157,13 +157,6 @@ impl Samples {
     }
 }
 
-/// Every `⌊available / wanted⌋`-th of `available` training samples, `wanted` of them: how the
-/// paper's code draws calibration images.
-pub fn evenly(available: usize, wanted: usize) -> Vec<usize> {
-    let step = (available / wanted.max(1)).max(1);
-    (0..available).step_by(step).take(wanted).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -191,12 +184,5 @@ mod tests {
         assert!(Samples::tokens(vec![1, 2, 3], 2).is_err());
         assert!(Samples::images(Vec::new(), [0, 1, 2, 2]).is_err());
         assert!(Samples::images(vec![0.0; 3], [1, 1, 2, 2]).is_err());
-    }
-
-    #[test]
-    fn samples_are_drawn_evenly() {
-        assert_eq!(evenly(10, 3), [0, 3, 6]);
-        assert_eq!(evenly(2, 5), [0, 1]);
-        assert_eq!(evenly(1200, 256).len(), 256);
     }
 }

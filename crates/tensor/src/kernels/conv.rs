@@ -10,9 +10,9 @@ use std::arch::x86_64::__m512;
 
 use rayon::prelude::*;
 
+use super::simd::{add_into, scratch};
 #[cfg(target_arch = "x86_64")]
 use super::vector::Pair;
-use super::simd::{add_into, scratch};
 use super::vector::{LANES, Lanes};
 use crate::ops::Conv2d;
 
@@ -427,9 +427,7 @@ pub(crate) fn backward_weights(x: &[f32], dy: &[f32], spec: &Conv2d) -> Vec<f32>
                     image_products(isa, &input, dy, &mut total, &plan);
                     continue;
                 }
-                for (wide, dy) in
-                    wide.chunks_exact_mut(lanes).zip(dy.chunks_exact(plan.filters))
-                {
+                for (wide, dy) in wide.chunks_exact_mut(lanes).zip(dy.chunks_exact(plan.filters)) {
                     wide[..plan.filters].copy_from_slice(dy);
                 }
                 image_products(isa, &input, &wide, &mut total, &plan);
@@ -579,8 +577,7 @@ unsafe fn product<V: Lanes, const T: usize, const B: usize>(
         }
         for (b, sums) in sums.iter().enumerate() {
             for (t, sum) in sums.iter().enumerate() {
-                let start =
-                    (block + b) * plan.block() + (ky * plan.span() + tap + t) * LANES;
+                let start = (block + b) * plan.block() + (ky * plan.span() + tap + t) * LANES;
                 let at = total.as_mut_ptr().add(start);
                 V::load(at).add_product(*sum, V::splat(1.0)).store(at);
             }
@@ -624,7 +621,8 @@ mod tests {
             };
             let input = numbers(plan.padded[0] * plan.row(), 1);
             let w = numbers(filters * channels * 6, 2);
-            let at = |f: usize, c: usize, ky: usize, kx: usize| ((f * channels + c) * 2 + ky) * 3 + kx;
+            let at =
+                |f: usize, c: usize, ky: usize, kx: usize| ((f * channels + c) * 2 + ky) * 3 + kx;
             let packed = pack(&w, None, &plan, at);
             let shift: Vec<f32> = (0..plan.blocks() * LANES).map(|i| i as f32).collect();
             let mut wanted = Vec::new();

@@ -174,12 +174,8 @@ fn pixels(x: Tensor<4>) -> Tensor<2> {
 /// See [`crate::ops::conv2d`].
 pub fn conv2d(x: Tensor<2>, w: Tensor<2>, bias: Option<Tensor<1>>, spec: &Conv2d) -> Tensor<2> {
     let [kh, kw] = spec.kernel;
-    let options = burn::tensor::ops::ConvOptions::new(
-        [spec.stride; 2],
-        [spec.padding; 2],
-        [1, 1],
-        1,
-    );
+    let options =
+        burn::tensor::ops::ConvOptions::new([spec.stride; 2], [spec.padding; 2], [1, 1], 1);
     let x = planes(x, [spec.images, spec.height, spec.width]);
     let w = w.reshape([spec.filters, spec.channels, kh, kw]);
     pixels(burn::tensor::module::conv2d(x, w, bias, options))

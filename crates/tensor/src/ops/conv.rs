@@ -84,8 +84,7 @@ pub fn conv2d(x: Tensor<2>, w: Tensor<2>, bias: Option<Tensor<1>>, spec: &Conv2d
     };
     let biased = bias.is_some();
     drop((x, w, bias));
-    let epilogue =
-        Epilogue { shift: biased.then_some(&*bias_in.data), ..Epilogue::default() };
+    let epilogue = Epilogue { shift: biased.then_some(&*bias_in.data), ..Epilogue::default() };
     let y = kernel::forward(&x_in.data, &w_in.data, None, spec, epilogue);
     let call = Call::new([&x_in, &w_in, &bias_in]);
     let (x, w) = (w_in.tracked.then_some(x_in.data), x_in.tracked.then_some(w_in.data));
@@ -210,7 +209,10 @@ fn check_norm(n: &BatchNorm, channels: usize, residual: Option<[usize; 2]>, shap
         channels > 0 && lengths.iter().all(|&[length]| length == channels),
         "batch_norm: vectors of {lengths:?} against {channels} channels"
     );
-    assert!(residual.is_none_or(|r| r == shape), "batch_norm: the residual's shape is {residual:?}");
+    assert!(
+        residual.is_none_or(|r| r == shape),
+        "batch_norm: the residual's shape is {residual:?}"
+    );
 }
 
 /// `y = x scale + shift`.
@@ -266,7 +268,13 @@ pub fn conv2d_norm(
 ///
 /// # Panics
 /// If `x` does not have the rows, or `filters` is too small.
-pub fn subsample(x: Tensor<2>, [images, height, width]: [usize; 3], stride: usize, before: usize, filters: usize) -> Tensor<2> {
+pub fn subsample(
+    x: Tensor<2>,
+    [images, height, width]: [usize; 3],
+    stride: usize,
+    before: usize,
+    filters: usize,
+) -> Tensor<2> {
     let [rows, channels] = x.dims();
     assert_eq!(rows, images * height * width, "subsample: {rows} rows");
     assert!(stride > 0 && before + channels <= filters, "subsample: {channels} into {filters}");
