@@ -132,6 +132,18 @@ pub trait Network: Send + Sync {
     /// The family, as `open_network` lists it.
     fn family(&self) -> &str;
 
+    /// The network's size in a few words.
+    fn summary(&self) -> String {
+        let classes = self.classes();
+        match self.images() {
+            Some(ImageSpec { channels, height, width, .. }) => format!(
+                "{} segments, images of {channels} x {height} x {width}, {classes} classes",
+                self.segments()
+            ),
+            None => format!("{} segments, {classes} outputs", self.segments()),
+        }
+    }
+
     /// Every module that the network reads, in the order of computation; a tied head once.
     fn modules(&self) -> Vec<&Name>;
 
@@ -239,6 +251,18 @@ fn batch(state: &State) -> Result<Batch> {
 impl Network for Decoder {
     fn family(&self) -> &str {
         self.config.family.model_type()
+    }
+
+    fn summary(&self) -> String {
+        let c = &self.config;
+        format!(
+            "{} blocks, hidden size {}, {} heads ({} for keys and values), vocabulary {}",
+            c.num_hidden_layers,
+            c.hidden_size,
+            c.num_attention_heads,
+            c.num_key_value_heads,
+            c.vocab_size
+        )
     }
 
     fn modules(&self) -> Vec<&Name> {

@@ -208,6 +208,10 @@ impl Vit {
             let reason = format!("{ph} x {pw} does not divide images of {height} x {width}");
             return Err(Error::config("patch_size", reason));
         }
+        if ph != pw {
+            let reason = format!("patches of {ph} x {pw} are not square");
+            return Err(Error::config("patch_size", reason));
+        }
         if !hidden.is_multiple_of(self.heads) {
             let reason = format!("{} heads do not divide a width of {hidden}", self.heads);
             return Err(Error::config("num_attention_heads", reason));
@@ -495,6 +499,7 @@ mod tests {
             Vit::from_config(&config).unwrap_err().to_string()
         };
         assert!(refused("patch_size", json!(5)).contains("does not divide images of 12 x 12"));
+        assert!(refused("patch_size", json!([4, 2])).contains("not square"));
         assert!(refused("patch_size", json!(0)).contains("patch_size"));
         assert!(refused("image_size", json!([12])).contains("image_size"));
         assert!(refused("num_attention_heads", json!(5)).contains("5 heads do not divide"));
