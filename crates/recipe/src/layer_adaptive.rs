@@ -8,7 +8,7 @@ use crate::prune::{PruneJob, Pruned};
 use crate::quantize::{Comparison, general_text, provenance_of};
 use crate::{Error, Result, present};
 use compress::Target;
-use compress::layer_adaptive_pruning::finetune::{self, Material, Recipe, Trainer};
+use compress::layer_adaptive_pruning::finetune::{Material, Recipe, Trainer};
 use compress::layer_adaptive_pruning::iterate::{self, Finetune, Job, Pruned as Done};
 use compress::layer_adaptive_pruning::{Allocator, Samples, layers};
 use compress::prune::ShareOf;
@@ -209,18 +209,14 @@ fn trainer<'a>(
     let recipe = Recipe::new(own, calibration.seed);
     let file = own.finetune_data.as_ref().or(calibration.file.as_ref());
     let network = open.network.as_ref();
-    let (material, params) = match (network.images(), model) {
-        (Some(spec), _) => {
+    let material = match (network.images(), model) {
+        (Some(_), _) => {
             let file = file.ok_or_else(|| {
                 Error::Recipe("--finetune-steps needs --finetune-data FILE of images".into())
             })?;
             let images = Images::load(file, None)?;
             eval::check_images(network, &images)?;
-            let all: Vec<usize> = (0..images.len()).collect();
-            let pixels = images.normalised(&all, &spec.mean, &spec.deviation)?;
-            let shape = [all.len(), spec.channels, spec.height, spec.width];
-            let material = Material::Images { network, pixels, shape, labels: images.labels };
-            (material, finetune::params(network, &open.checkpoint)?)
+            Material::Images { network, images }
         }
         (None, Some(model)) => {
             let documents = match file {
@@ -234,11 +230,11 @@ fn trainer<'a>(
             corpus.push(&text::document_tokens(&documents, &tokenizer)?, None);
             let context = model.decoder.config.max_position_embeddings;
             let length = calibration.sequence_length.min(context).max(2);
-            let material = Material::Text { decoder: &model.decoder, corpus, length };
-            (material, finetune::params(network, &open.checkpoint)?)
+            Material::Text { decoder: &model.decoder, corpus, length }
         }
         (None, None) => return Err(Error::Recipe("there is nothing to train".into())),
     };
+    let params = train::Params::from_checkpoint(network, &open.checkpoint)?;
     Ok(Trainer::new(material, recipe, params, places)?)
 }
 

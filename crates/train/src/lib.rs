@@ -22,7 +22,6 @@ pub mod gradients;
 pub mod init;
 pub mod loader;
 pub mod loss;
-pub mod masks;
 mod output;
 pub mod params;
 pub mod schedule;

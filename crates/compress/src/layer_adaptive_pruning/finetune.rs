@@ -1,7 +1,8 @@
 //! Training under masks, on images or on text: what stands between two rounds.
 //!
 //! AdamW at a constant rate, as in the paper (learning rate 3e-4, batches of 100), with a fresh
-//! optimiser every round; with rewinding plain Adam.
+//! optimiser every round; with rewinding plain Adam. Masks are those of `train::classify`: pruned
+//! weights get no gradient, gather no moments, and stay zero.
 
 use super::iterate::{Finetune, Snapshot};
 use super::layers::Place;
@@ -9,28 +10,22 @@ use super::masks::Mask;
 use super::options::{LayerAdaptivePruningOptions, Rewind};
 use super::output::stored_flags;
 use crate::{Error, Result};
-use nn::{Decoder, Input, Leaf, Network, Observed, Role, Weights};
+use data::Images;
+use nn::{Decoder, Mode, Network, Weights};
 use std::collections::BTreeMap;
-use std::sync::Arc;
-use store::Checkpoint;
-use tensor::{host, ops, rng::Rng};
 use train::config::OptimizerConfig;
 use train::loader::{Corpus, Loader};
-use train::masks::{KeepMasks, MaskGradients, Masks};
-use train::{AdamW, Chain, ClipByNorm, Grads, Params, Step};
+use train::schedule::Decay;
+use train::{AdamW, Chain, ClipByNorm, Grads, Params, Schedule, Step, classify};
 
 /// What is trained on.
 pub enum Material<'a> {
-    /// Labelled images: `[count, channels, height, width]`, normalised, and their classes.
+    /// Labelled images.
     Images {
         /// The network.
         network: &'a dyn Network,
-        /// Values, row-major.
-        pixels: Vec<f32>,
-        /// `[count, channels, height, width]`.
-        shape: [usize; 4],
-        /// The class of every image.
-        labels: Vec<u32>,
+        /// Images and their classes.
+        images: Images,
     },
     /// Text for next-token prediction.
     Text {
@@ -48,7 +43,7 @@ pub enum Material<'a> {
 pub struct Recipe {
     /// Images or windows per step.
     pub batch: usize,
-    /// Learning rate.
+    /// Learning rate, constant.
     pub rate: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
@@ -62,6 +57,11 @@ impl Recipe {
         let weight_decay = if options.rewind == Rewind::None { 0.01 } else { 0.0 };
         Self { batch: options.finetune_batch, rate: options.finetune_rate, weight_decay, seed }
     }
+
+    /// The seed of a round: the order of the data must not depend on what ran before.
+    fn of_round(&self, round: u32) -> u64 {
+        self.seed.wrapping_add(u64::from(round) << 32)
+    }
 }
 
 /// Trains a network's parameters under masks.
@@ -72,75 +72,32 @@ pub struct Trainer<'a> {
     places: Vec<Place>,
 }
 
-/// The parameters of a network as its weights hold them: everything but running statistics is
-/// trainable. Convolutions are matrices `[out, in * height * width]`.
-///
-/// # Errors
-/// A tensor that is not there.
-pub fn params(network: &dyn Network, checkpoint: &Checkpoint) -> Result<Params> {
-    let mut params = Params::empty();
-    for name in network.modules() {
-        for leaf in name.leaves() {
-            let tensor = name.tensor(leaf);
-            let shape = match leaf {
-                Leaf::Weight if name.role.is_norm() => vec![name.shape[0]],
-                Leaf::Weight if name.transposed => vec![name.shape[1], name.shape[0]],
-                Leaf::Weight => name.shape.to_vec(),
-                _ => vec![name.shape[0]],
-            };
-            params.insert(&tensor, &shape, checkpoint.f32(&tensor)?).map_err(train_error)?;
-        }
-    }
-    freeze_statistics(network, &mut params)?;
-    Ok(params)
-}
-
-/// Running statistics follow the batches, not the gradient.
-pub fn freeze_statistics(network: &dyn Network, params: &mut Params) -> Result<()> {
-    if network.modules().iter().any(|name| name.role == Role::BatchNorm) {
-        let pattern = |text: &str| method::Pattern::new(text).map_err(Error::Options);
-        let frozen = [pattern("*running_mean")?, pattern("*running_var")?];
-        params.set_trainable(None, &frozen).map_err(train_error)?;
-    }
-    Ok(())
-}
-
 fn train_error(error: train::Error) -> Error {
     Error::Options(error.to_string())
 }
 
 impl<'a> Trainer<'a> {
-    /// Trains `params` on `material`.
+    /// Trains `params` on `material`; `places` are the layers that masks may cover.
     ///
     /// # Errors
-    /// Material that is empty or does not fit.
+    /// Material that is empty.
     pub fn new(
         material: Material<'a>,
         recipe: Recipe,
         params: Params,
         places: &[Place],
     ) -> Result<Self> {
-        let refuse = |why: String| Err(Error::Options(format!("nothing to train on: {why}")));
-        match &material {
-            Material::Images { network, pixels, shape, labels } => {
-                if labels.is_empty() || labels.len() != shape[0] {
-                    return refuse(format!("{} labels for {} images", labels.len(), shape[0]));
-                }
-                if pixels.len() != shape.iter().product::<usize>() {
-                    return refuse(format!("{} values for images {shape:?}", pixels.len()));
-                }
-                let classes = network.classes();
-                if let Some(label) = labels.iter().find(|l| **l as usize >= classes) {
-                    return refuse(format!("label {label}, but the network has {classes} classes"));
-                }
+        let missing = match &material {
+            Material::Images { images, .. } if images.is_empty() => Some("no images".to_string()),
+            Material::Text { corpus, length, .. } if corpus.tokens.len() <= *length => {
+                Some(format!("less than one window of {length} tokens of text"))
             }
-            Material::Text { corpus, length, .. } => {
-                if corpus.tokens.len() <= *length {
-                    return refuse(format!("less than one window of {length} tokens of text"));
-                }
-            }
+            _ => None,
+        };
+        match missing {
+            Some(why) => Err(Error::Options(format!("nothing to train on: {why}"))),
+            None => Ok(Self { material, recipe, params, places: places.to_vec() }),
         }
-        Ok(Self { material, recipe, params, places: places.to_vec() })
     }
 
     /// The parameters as they are.
@@ -148,153 +105,15 @@ impl<'a> Trainer<'a> {
         &self.params
     }
 
-    fn chain(&self, masks: &Masks) -> Result<Chain> {
-        let config = OptimizerConfig {
-            learning_rate: self.recipe.rate,
-            betas: [0.9, 0.999],
-            weight_decay: self.recipe.weight_decay,
-            ..OptimizerConfig::default()
-        };
-        Ok(Chain::new(vec![
-            Box::new(MaskGradients(masks.clone())),
-            Box::new(ClipByNorm::new(1.0)),
-            Box::new(AdamW::from_config(&config).map_err(train_error)?),
-            Box::new(KeepMasks(masks.clone())),
-        ]))
-    }
-
-    /// Trains `steps` steps in the data's order of round `round`; returns the mean loss of the last
-    /// tenth.
-    ///
-    /// # Errors
-    /// A loss that is not finite, by step.
-    pub fn run(&mut self, masks: &BTreeMap<String, Mask>, steps: u64, round: u32) -> Result<f64> {
-        let flags = self.places.iter().filter_map(|(_, name)| {
-            Some((name.weight(), stored_flags(name, masks.get(&name.module)?)))
-        });
-        let masks: Masks = Arc::new(flags.collect());
-        train::masks::apply(&masks, &mut self.params).map_err(train_error)?;
-        let mut chain = self.chain(&masks)?;
-        let mut order = Order::new(&self.material, &self.recipe, round)?;
-        let progress = report::Progress::new("train", steps, "steps");
-        let (mut sum, mut counted) = (0.0, 0u64);
-        for index in 0..steps {
-            let mut grads = Grads::new();
-            let loss = order.step(&self.material, &mut self.params, &mut grads)?;
-            if !loss.is_finite() {
-                return Err(Error::Options(format!(
-                    "training diverged at step {} (loss {loss}); lower --finetune-rate",
-                    index + 1
-                )));
-            }
-            let step = Step { index, total: steps, learning_rate: self.recipe.rate };
-            chain.update(&step, &mut self.params, &mut grads).map_err(train_error)?;
-            if index >= steps - steps.div_ceil(10) {
-                sum += loss;
-                counted += 1;
-            }
-            progress.message(&format!("loss {loss:.4}"));
-            progress.inc(1);
-        }
-        progress.finish();
-        Ok(sum / counted.max(1) as f64)
-    }
-}
-
-/// The order of the data in one round.
-enum Order {
-    Images { rng: Rng, order: Vec<usize>, next: usize, batch: usize },
-    Text { loader: Loader, batch: usize },
-}
-
-impl Order {
-    fn new(material: &Material<'_>, recipe: &Recipe, round: u32) -> Result<Self> {
-        match material {
-            Material::Images { labels, .. } => {
-                let mut rng = Rng::stream(recipe.seed, &format!("finetune round {round}"));
-                let order = rng.permutation(labels.len());
-                let batch = recipe.batch.clamp(1, labels.len());
-                Ok(Self::Images { rng, order, next: 0, batch })
-            }
-            Material::Text { corpus, length, .. } => {
-                let seed = recipe.seed.wrapping_add(u64::from(round) << 32);
-                let loader = Loader::new(vec![(corpus.clone(), None)], *length, 0, seed)
-                    .map_err(|_| Error::Options("the training text is too short".into()))?;
-                Ok(Self::Text { loader, batch: recipe.batch.max(1) })
+    fn masks(&self, masks: &BTreeMap<String, Mask>) -> classify::Mask {
+        let mut all = classify::Mask::default();
+        for (_, name) in &self.places {
+            if let Some(mask) = masks.get(&name.module) {
+                all.insert(&name.weight(), stored_flags(name, mask));
             }
         }
+        all
     }
-
-    /// Loss and gradients of the next batch.
-    fn step(
-        &mut self,
-        material: &Material<'_>,
-        params: &mut Params,
-        grads: &mut Grads,
-    ) -> Result<f64> {
-        match (self, material) {
-            (Self::Text { loader, batch }, Material::Text { decoder, .. }) => {
-                let batch = loader.batch(*batch);
-                train::loss::gradients(decoder, params, &[batch], grads).map_err(train_error)
-            }
-            (
-                Self::Images { rng, order, next, batch },
-                Material::Images { network, pixels, shape, labels },
-            ) => {
-                if *next + *batch > order.len() {
-                    rng.shuffle(order);
-                    *next = 0;
-                }
-                let chosen = order.get(*next..*next + *batch).unwrap_or_default();
-                *next += *batch;
-                let size: usize = shape.iter().skip(1).product();
-                let mut batch_pixels = Vec::with_capacity(chosen.len() * size);
-                let mut targets = Vec::with_capacity(chosen.len());
-                for &i in chosen {
-                    batch_pixels.extend_from_slice(
-                        pixels.get(i * size..(i + 1) * size).unwrap_or_default(),
-                    );
-                    targets.extend(labels.get(i));
-                }
-                let shape = [chosen.len(), shape[1], shape[2], shape[3]];
-                let input = Input::Images { pixels: &batch_pixels, shape };
-                image_step(*network, params, &input, &targets, grads)
-            }
-            _ => Err(Error::Options("the training data changed their kind".into())),
-        }
-    }
-}
-
-/// Cross-entropy of one batch of images and its gradients; running statistics follow the batch.
-fn image_step(
-    network: &dyn Network,
-    params: &mut Params,
-    input: &Input<'_>,
-    targets: &[u32],
-    grads: &mut Grads,
-) -> Result<f64> {
-    let (logits, observed) = network.train(&*params, input)?;
-    let loss = ops::cross_entropy(logits, targets, None);
-    let value = f64::from(host::read(&loss, |v| v.first().copied().unwrap_or(f32::NAN)));
-    params.backward(&loss, grads);
-    for seen in &observed {
-        follow(params, seen)?;
-    }
-    Ok(value)
-}
-
-fn follow(params: &mut Params, seen: &Observed) -> Result<()> {
-    for (leaf, new) in [("running_mean", &seen.mean), ("running_var", &seen.variance)] {
-        let name = format!("{}.{leaf}", seen.module);
-        params
-            .write(&name, |values| {
-                for (value, new) in values.iter_mut().zip(new) {
-                    *value += seen.momentum * (new - *value);
-                }
-            })
-            .map_err(train_error)?;
-    }
-    Ok(())
 }
 
 impl Finetune for Trainer<'_> {
@@ -303,7 +122,35 @@ impl Finetune for Trainer<'_> {
     }
 
     fn train(&mut self, masks: &BTreeMap<String, Mask>, steps: u64, round: u32) -> Result<f64> {
-        self.run(masks, steps, round)
+        let mask = self.masks(masks);
+        let seed = self.recipe.of_round(round);
+        let losses = match &self.material {
+            Material::Images { network, images } => {
+                let (decay, floor) = (Decay::Constant, 0.0);
+                let schedule = Schedule { decay, warmup_steps: 0, total_steps: steps, floor };
+                let options = classify::Finetune {
+                    steps,
+                    batch: self.recipe.batch,
+                    learning_rate: self.recipe.rate,
+                    weight_decay: self.recipe.weight_decay,
+                    schedule,
+                    clip_norm: 1.0,
+                    mode: Mode::Train,
+                    seed,
+                };
+                classify::finetune(*network, &mut self.params, images, Some(&mask), &options)
+                    .map_err(train_error)?
+            }
+            Material::Text { decoder, corpus, length } => {
+                let loader = Loader::new(vec![(corpus.clone(), None)], *length, 0, seed)
+                    .map_err(|_| Error::Options("the training text is too short".into()))?;
+                text(decoder, &mut self.params, loader, &mask, &self.recipe, steps)
+                    .map_err(train_error)?
+            }
+        };
+        let last = losses.len() - losses.len().div_ceil(10);
+        let tail = losses.get(last..).unwrap_or_default();
+        Ok(tail.iter().sum::<f64>() / tail.len().max(1) as f64)
     }
 
     fn snapshot(&self) -> Snapshot {
@@ -319,17 +166,14 @@ impl Finetune for Trainer<'_> {
 
     fn restore(&mut self, snapshot: &Snapshot) -> Result<()> {
         for (name, saved) in snapshot {
-            let fits = self
-                .params
-                .write(name, |values| {
-                    let fits = values.len() == saved.len();
-                    if fits {
-                        values.copy_from_slice(saved);
-                    }
-                    fits
-                })
-                .map_err(train_error)?;
-            if !fits {
+            let fits = |values: &mut [f32]| {
+                let fits = values.len() == saved.len();
+                if fits {
+                    values.copy_from_slice(saved);
+                }
+                fits
+            };
+            if !self.params.write(name, fits).map_err(train_error)? {
                 return Err(Error::layer(name, "the saved round is of another network"));
             }
         }
@@ -340,10 +184,10 @@ impl Finetune for Trainer<'_> {
         use sha2::{Digest, Sha256};
         let mut hash = Sha256::new();
         match &self.material {
-            Material::Images { pixels, shape, labels, .. } => {
-                hash.update(format!("images {shape:?}\n"));
-                hash.update(bytemuck::cast_slice(pixels));
-                hash.update(bytemuck::cast_slice(labels));
+            Material::Images { images, .. } => {
+                hash.update(format!("images {:?}\n", images.shape));
+                hash.update(&images.pixels);
+                hash.update(bytemuck::cast_slice(&images.labels));
             }
             Material::Text { corpus, length, .. } => {
                 hash.update(format!("text {length}\n"));
@@ -352,5 +196,144 @@ impl Finetune for Trainer<'_> {
         }
         let hash: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
         serde_json::json!({ "data": hash, "recipe": self.recipe })
+    }
+}
+
+/// Next-token training under a mask; returns the loss of every step.
+fn text(
+    decoder: &Decoder,
+    params: &mut Params,
+    mut loader: Loader,
+    mask: &classify::Mask,
+    recipe: &Recipe,
+    steps: u64,
+) -> train::Result<Vec<f64>> {
+    let config = OptimizerConfig {
+        learning_rate: recipe.rate,
+        weight_decay: recipe.weight_decay,
+        ..OptimizerConfig::default()
+    };
+    mask.apply(params)?;
+    let mut chain = Chain::new(vec![
+        Box::new(mask.clone()),
+        Box::new(ClipByNorm::new(1.0)),
+        Box::new(AdamW::from_config(&config)?),
+    ]);
+    let progress = report::Progress::new("train", steps, "steps");
+    let mut losses = Vec::new();
+    for index in 0..steps {
+        let batch = loader.batch(recipe.batch.max(1));
+        let mut grads = Grads::new();
+        let loss = train::loss::gradients(decoder, params, &[batch], &mut grads)?;
+        if !loss.is_finite() {
+            let what = format!("the loss is {loss}; lower the learning rate");
+            return Err(train::Error::Diverged { step: index + 1, what });
+        }
+        let step = Step { index, total: steps, learning_rate: recipe.rate };
+        chain.update(&step, params, &mut grads)?;
+        losses.push(loss);
+        progress.message(&format!("loss {loss:.4}"));
+        progress.inc(1);
+    }
+    progress.finish();
+    Ok(losses)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::layers::select;
+    use super::super::masks::Ranking;
+    use super::*;
+    use nn::testing::tiny_checkpoint;
+    use nn::{Family, Mlp, Model, ResNet};
+    use tensor::Rng;
+
+    fn half(network: &dyn Network, weights: &dyn Weights) -> (Vec<Place>, BTreeMap<String, Mask>) {
+        let places = select(network, &[], &[], false).unwrap();
+        let mask = |name: &nn::Name| {
+            let values = tensor::host::into_vec(weights.matrix(name).unwrap());
+            Ranking::new(&name.module, &values).unwrap().mask(values.len() / 2)
+        };
+        let masks = places.iter().map(|(_, n)| (n.module.clone(), mask(n))).collect();
+        (places, masks)
+    }
+
+    fn zeros_hold(trainer: &Trainer<'_>, masks: &BTreeMap<String, Mask>) {
+        let snapshot = trainer.snapshot();
+        for (_, name) in &trainer.places {
+            let flags = stored_flags(name, &masks[&name.module]);
+            let values = &snapshot[&name.weight()];
+            let fits = flags.iter().zip(values).all(|(keep, v)| *keep || v.to_bits() == 0);
+            assert!(fits, "{}", name.module);
+            assert!(values.iter().any(|v| *v != 0.0));
+        }
+    }
+
+    fn bars(shape: [usize; 3], count: usize) -> Images {
+        let values: usize = shape.iter().product();
+        let mut rng = Rng::new(8);
+        let labels: Vec<u32> = (0..count).map(|_| rng.below(2) as u32).collect();
+        let mut pixels = Vec::new();
+        for label in &labels {
+            pixels.extend((0..values).map(|_| (90 * *label as usize + rng.below(120)) as u8));
+        }
+        Images { shape, pixels, labels }
+    }
+
+    #[test]
+    fn images_train_under_masks_and_rounds_repeat() {
+        let mlp = Mlp::of_widths(&[16, 12, 2]).unwrap();
+        let resnet = ResNet::cifar(8, 2).unwrap();
+        let networks: [(&dyn Network, [usize; 3]); 2] = [(&mlp, [1, 4, 4]), (&resnet, [3, 32, 32])];
+        for (network, shape) in networks {
+            let params = Params::fresh(network, 3).unwrap();
+            let (places, masks) = half(network, &params.constants());
+            let images = bars(shape, 24);
+            let recipe = Recipe { batch: 8, rate: 3e-3, weight_decay: 0.01, seed: 1 };
+            let material = Material::Images { network, images };
+            let mut trainer = Trainer::new(material, recipe, params, &places).unwrap();
+            let start = trainer.snapshot();
+            let first = trainer.train(&masks, 4, 1).unwrap();
+            zeros_hold(&trainer, &masks);
+            let after = trainer.snapshot();
+            trainer.restore(&start).unwrap();
+            assert_eq!(trainer.train(&masks, 4, 1).unwrap(), first);
+            assert_eq!(trainer.snapshot(), after);
+            trainer.restore(&start).unwrap();
+            trainer.train(&masks, 4, 2).unwrap();
+            assert!(trainer.snapshot() != after, "another round sees another order");
+        }
+    }
+
+    #[test]
+    fn text_trains_under_masks_also_where_weights_are_stored_transposed() {
+        for family in [Family::Llama, Family::Gpt2] {
+            let dir = tempfile::tempdir().unwrap();
+            tiny_checkpoint(dir.path(), family, 5).unwrap();
+            let model = Model::open(dir.path()).unwrap();
+            let (places, masks) = half(&model.decoder, model.weights.as_ref());
+            let params = Params::from_checkpoint(&model.decoder, &model.checkpoint).unwrap();
+            let mut corpus = Corpus::new(false);
+            let tokens: Vec<u32> = (0..400).map(|i| (i * i % 89) as u32).collect();
+            corpus.push(&tokens, None);
+            let material = Material::Text { decoder: &model.decoder, corpus, length: 16 };
+            let recipe = Recipe { batch: 4, rate: 3e-3, weight_decay: 0.0, seed: 0 };
+            let mut trainer = Trainer::new(material, recipe, params, &places).unwrap();
+            let first = trainer.train(&masks, 2, 1).unwrap();
+            let later = trainer.train(&masks, 20, 2).unwrap();
+            assert!(later < first, "{family:?}: {later} {first}");
+            zeros_hold(&trainer, &masks);
+        }
+    }
+
+    #[test]
+    fn nothing_to_train_on_is_refused() {
+        let network = Mlp::of_widths(&[4, 2]).unwrap();
+        let params = Params::fresh(&network, 1).unwrap();
+        let images = Images { shape: [1, 2, 2], pixels: Vec::new(), labels: Vec::new() };
+        let material = Material::Images { network: &network, images };
+        let recipe = Recipe { batch: 4, rate: 1e-3, weight_decay: 0.0, seed: 0 };
+        let error = Trainer::new(material, recipe, params, &[]).err().unwrap();
+        assert!(error.to_string().contains("no images"), "{error}");
     }
 }

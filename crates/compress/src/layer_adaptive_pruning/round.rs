@@ -281,6 +281,30 @@ pub fn run(
     Ok(round)
 }
 
+/// The distortion that the masks of `round` make, by another kind than the round's own.
+///
+/// # Errors
+/// As [`Probe::joint`]; without samples there is nothing to measure.
+pub fn distortion(
+    subject: Subject<'_>,
+    layers: &[Prunable],
+    round: &Round,
+    kind: Distortion,
+) -> Result<f64> {
+    let Subject { network, weights, samples } = subject;
+    let samples = samples.ok_or_else(|| Error::Options("there are no samples".into()))?;
+    let mut changed = HashMap::new();
+    for layer in layers {
+        if let Some(mask) = round.masks.get(&layer.name.module) {
+            let mut matrix = weights.matrix(&layer.name)?;
+            host::write(&mut matrix, |values| mask.apply(values));
+            changed.insert(layer.name.weight(), matrix);
+        }
+    }
+    let probe = Probe { network, weights, samples, workers: 1 };
+    Ok(probe.joint(&changed, kind)?.0)
+}
+
 /// The terms of the choice by curves.
 fn terms(
     layers: &[Prunable],
