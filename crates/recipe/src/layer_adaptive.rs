@@ -162,6 +162,11 @@ fn samples(job: &PruneJob, open: &OpenNetwork, model: Option<&Model>) -> Result<
         if own.synthetic_calibration {
             return Ok(Some(Samples::synthetic(network, count, length, calibration.seed)?));
         }
+        let optional = own.allocator != Allocator::Rd && calibration.file.is_none();
+        if optional && Tokenizer::from_checkpoint(&model.checkpoint).is_err() {
+            // These allocators look at weights only; without text nothing is measured.
+            return Ok(None);
+        }
         let options = compress::options::CalibrationOptions {
             samples: count,
             sequence_length: length,

@@ -8,7 +8,7 @@
 use super::cache::CurveCache;
 use super::curves::Prunable;
 use super::layers::{self, Place};
-use super::masks::Mask;
+use super::masks::{self, Mask};
 use super::options::{LayerAdaptivePruningOptions, Rewind};
 use super::output;
 use super::round::{self, Round, Settings, Subject};
@@ -111,7 +111,9 @@ pub fn round_target(sparsity: f64, t: u32, rounds: u32) -> f64 {
     if t >= rounds {
         return sparsity;
     }
-    1.0 - (1.0 - sparsity).powf(f64::from(t) / f64::from(rounds.max(1)))
+    // The share of the survivors that every round takes.
+    let amount = 1.0 - (1.0 - sparsity).powf(1.0 / f64::from(rounds.max(1)));
+    masks::schedule(amount, t)
 }
 
 /// Runs the rounds of `options` and returns the last one with the history. With `scratch`, finished
@@ -256,8 +258,12 @@ pub fn run(mut job: Job<'_>, target: &Target<'_>) -> Result<Pruned> {
             inputs: vec![job.checkpoint.path().to_path_buf()],
         },
     )?;
+    if writer.sealed().is_empty() {
+        // From here on a killed job finds its curves and rounds again.
+        writer.seal("start", serde_json::Value::Null)?;
+    }
     let scratch = writer.scratch_dir()?;
-    let (round, history, resumed) = rounds(
+    let result = rounds(
         job.network,
         job.weights,
         &job.places,
@@ -270,7 +276,19 @@ pub fn run(mut job: Job<'_>, target: &Target<'_>) -> Result<Pruned> {
         job.sparsity,
         job.options,
         Some(&scratch),
-    )?;
+    );
+    let (round, history, resumed) = match result {
+        Ok(done) => done,
+        Err(refused @ (Error::Options(_) | Error::Layer { .. })) => {
+            // Nothing here helps a corrected command; what a kill or a full disk leaves does.
+            drop(writer);
+            let mut partial = target.out.as_os_str().to_os_string();
+            partial.push(".partial");
+            let _ = std::fs::remove_dir_all(partial);
+            return Err(refused);
+        }
+        Err(error) => return Err(error),
+    };
     for warning in &round.warnings {
         report::warn(warning);
     }
@@ -448,7 +466,7 @@ fn read_state(scratch: &Path) -> Option<State> {
 #[cfg(test)]
 mod tests {
     use super::super::nets::{Chain, Held};
-    use super::super::{masks, options::Allocator};
+    use super::super::options::Allocator;
     use super::*;
     use tensor::Rng;
 

@@ -127,11 +127,6 @@ impl Mask {
         Self { keep }
     }
 
-    /// The mask that a layer's zeros imply: what is zero counts as pruned.
-    pub fn inferred(values: &[f32]) -> Self {
-        Self { keep: values.iter().map(|v| *v != 0.0).collect() }
-    }
-
     /// Number of weights.
     pub fn len(&self) -> usize {
         self.keep.len()
@@ -301,6 +296,5 @@ mod tests {
     fn empty_rows_are_counted() {
         let mask = Mask::new(vec![false, false, true, false, false, false]);
         assert_eq!(mask.empty_rows(2), 2);
-        assert_eq!(Mask::inferred(&[0.0, -0.0, 2.0]).flags(), [false, false, true]);
     }
 }

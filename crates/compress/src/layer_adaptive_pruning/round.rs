@@ -4,7 +4,7 @@ use super::allocators::{self, Layer};
 use super::cache::CurveCache;
 use super::curves::{Curve, Distortion, Probe, Prunable};
 use super::layers::dimensions;
-use super::masks::{Mask, budget, rounded_budget};
+use super::masks::{Mask, budget, relative_amount, rounded_budget};
 use super::options::{Allocator, LayerAdaptivePruningOptions, PruneTarget, read_table};
 use super::rd::{self, Terms};
 use super::samples::Samples;
@@ -78,6 +78,8 @@ pub struct LayerShare {
     pub kept: usize,
     /// Share of weights that are zero.
     pub sparsity: f64,
+    /// Share of the weights left before this round that it prunes.
+    pub of_survivors: f64,
     /// Distortion that the curves predict for this layer alone.
     pub predicted: Option<f64>,
     /// Multiplications that one sample makes with each weight, where they were counted.
@@ -231,6 +233,10 @@ pub fn run(
             total: layer.total(),
             kept,
             sparsity: 1.0 - kept as f64 / layer.total() as f64,
+            of_survivors: relative_amount(
+                1.0 - kept as f64 / layer.total() as f64,
+                layer.ranking.zeros() as f64 / layer.total() as f64,
+            ),
             predicted: *distortion,
             positions: uses(layer),
             empty_outputs: mask.empty_rows(name.in_features()),
