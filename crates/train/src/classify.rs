@@ -105,10 +105,7 @@ impl Mask {
     ///
     /// # Errors
     /// A name that is not there.
-    pub fn of_zeros<'n>(
-        params: &Params,
-        names: impl IntoIterator<Item = &'n str>,
-    ) -> Result<Self> {
+    pub fn of_zeros<'n>(params: &Params, names: impl IntoIterator<Item = &'n str>) -> Result<Self> {
         let mut mask = Mask::default();
         for name in names {
             let kept = params.read(name, |values| values.iter().map(|v| *v != 0.0).collect())?;

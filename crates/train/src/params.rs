@@ -176,7 +176,8 @@ impl Params {
         }
         for entry in &mut self.entries {
             let wanted = trainable.is_none_or(|t| t.iter().any(|p| p.matches(&entry.name)));
-            entry.trainable = wanted && !entry.buffer && !frozen.iter().any(|p| p.matches(&entry.name));
+            entry.trainable =
+                wanted && !entry.buffer && !frozen.iter().any(|p| p.matches(&entry.name));
             entry.leaf = entry.leaf.tracked(entry.trainable);
         }
         if !self.entries.iter().any(|e| e.trainable) {

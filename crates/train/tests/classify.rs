@@ -54,9 +54,13 @@ fn gradients_of_a_residual_network_are_slopes() {
         assert_eq!(seen.len(), if mode == Mode::Train { 7 } else { 0 });
         assert!(grads.names().all(|name| !name.contains("running")));
         assert!((mean - 3f64.ln()).abs() < 1.0);
-        for name in
-            ["conv1.weight", "layer2.0.conv1.weight", "layer3.0.bn2.weight", "bn1.bias", "linear.bias"]
-        {
+        for name in [
+            "conv1.weight",
+            "layer2.0.conv1.weight",
+            "layer3.0.bn2.weight",
+            "bn1.bias",
+            "linear.bias",
+        ] {
             // Along the gradient itself the slope is its norm.
             let gradient = grads.get(name).unwrap().to_vec();
             let norm = gradient.iter().map(|g| f64::from(g * g)).sum::<f64>().sqrt();
@@ -100,7 +104,9 @@ fn fine_tuning_learns_and_masked_weights_stay_zero() {
     assert!(losses[119] < 0.5 * losses[0], "{} to {}", losses[0], losses[119]);
     let after = params.read(&layers[0], <[f32]>::to_vec).unwrap();
     assert!(after.iter().step_by(2).all(|v| v.to_bits() == 0));
-    assert!(after.iter().skip(1).step_by(2).zip(before.iter().skip(1).step_by(2)).all(|(a, b)| a != b));
+    assert!(
+        after.iter().skip(1).step_by(2).zip(before.iter().skip(1).step_by(2)).all(|(a, b)| a != b)
+    );
     let again = |seed| {
         let mut params = Params::fresh(&network, 2).unwrap();
         let options = Finetune { seed, ..options(9, Mode::Evaluate) };

@@ -92,15 +92,13 @@ struct Measured {
 /// Measures.
 pub fn run(args: &Args) -> Result<()> {
     paths::existing("model", &args.model)?;
-    for (what, path) in
-        [
-            ("text", &args.text),
-            ("questions", &args.questions),
-            ("facts", &args.facts),
-            ("data", &args.data),
-            ("labels", &args.labels),
-        ]
-    {
+    for (what, path) in [
+        ("text", &args.text),
+        ("questions", &args.questions),
+        ("facts", &args.facts),
+        ("data", &args.data),
+        ("labels", &args.labels),
+    ] {
         if let Some(path) = path {
             paths::existing(what, path)?;
         }
