@@ -477,3 +477,81 @@ fn one_sample_is_said() {
     let message = super::tests::round(&net, &weights, None, 0.3, &settings(Allocator::Rd));
     assert!(message.unwrap_err().to_string().contains("needs calibration inputs"));
 }
+
+/// Every point of every curve is what the whole network does with that layer alone thinned.
+fn curves_equal_whole_passes(
+    network: &dyn nn::Network,
+    weights: &(dyn nn::Weights + Sync),
+    samples: &Samples,
+    tied_head: bool,
+) {
+    let places = select(network, &[], &[], tied_head).unwrap();
+    let layers = rank(&places, weights, &BTreeMap::new()).unwrap();
+    let probe = Probe { network, weights, samples, workers: 2 };
+    let progress = report::Progress::hidden();
+    for kind in [Distortion::Mean, Distortion::Worst] {
+        let curves = probe.curves(&layers, 4, kind, None, &progress).unwrap();
+        for (layer, curve) in layers.iter().zip(&curves) {
+            for (&n, &distortion) in curve.pruned.iter().zip(&curve.distortion) {
+                let mut matrix = weights.matrix(&layer.name).unwrap();
+                tensor::host::write(&mut matrix, |values| layer.ranking.prune(values, n));
+                let changed = std::collections::HashMap::from([(layer.name.weight(), matrix)]);
+                let (whole, _) = probe.joint(&changed, kind).unwrap();
+                assert!(
+                    (whole - distortion).abs() <= 1e-4 * whole + 1e-9,
+                    "{} {n}: {whole} {distortion}",
+                    layer.name
+                );
+            }
+            assert!(curve.distortion[4] > 0.0, "{}", layer.name);
+        }
+    }
+}
+
+#[test]
+fn curves_of_residual_networks_start_in_the_middle() {
+    let network = nn::ResNet::cifar(8, 5).unwrap();
+    let params = train::Params::fresh(&network, 4).unwrap();
+    let mut pixels = vec![0.0; 3 * 3072];
+    Rng::new(6).fill_normal(&mut pixels, 1.0);
+    let samples = Samples::images(pixels, [3, 3, 32, 32]).unwrap();
+    curves_equal_whole_passes(&network, &params.constants(), &samples, false);
+}
+
+#[test]
+fn curves_of_decoders_start_in_the_middle_and_tied_heads_at_the_entrance() {
+    for (family, tied) in [(nn::Family::Llama, false), (nn::Family::Gpt2, true)] {
+        let dir = tempfile::tempdir().unwrap();
+        nn::testing::tiny_checkpoint(dir.path(), family, 7).unwrap();
+        let model = nn::Model::open(dir.path()).unwrap();
+        let ids = (0..3 * 12).map(|i| (i * 7 % 97) as u32).collect();
+        let samples = Samples::tokens(ids, 12).unwrap();
+        curves_equal_whole_passes(&model.decoder, model.weights.as_ref(), &samples, tied);
+    }
+}
+
+#[test]
+fn convolutions_are_used_once_per_output_position() {
+    let network = nn::ResNet::cifar(8, 10).unwrap();
+    let params = train::Params::fresh(&network, 4).unwrap();
+    let samples = Samples::images(vec![0.1; 2 * 3072], [2, 3, 32, 32]).unwrap();
+    let weights = params.constants();
+    let found = super::layers::positions(&network, &weights, &samples.batch(0)).unwrap();
+    let expected = [
+        ("conv1", 1024),
+        ("layer1.0.conv2", 1024),
+        ("layer2.0.conv1", 256),
+        ("layer3.0.conv1", 64),
+        ("layer3.0.conv2", 64),
+        ("linear", 1),
+    ];
+    for (module, positions) in expected {
+        assert_eq!(found[module], positions, "{module}");
+    }
+    let dimensions = |module: &str| {
+        let layers = nn::Network::layers(&network);
+        super::layers::dimensions(&layers.iter().find(|(_, n)| n.module == module).unwrap().1)
+    };
+    assert_eq!(dimensions("layer2.0.conv1"), 16 + 32 + 3 + 3);
+    assert_eq!(dimensions("linear"), 64 + 10);
+}
