@@ -188,7 +188,7 @@ fn an_image_network_is_pruned_trained_and_exported() {
         arg(&images),
         "--mask-export",
         "pytorch",
-        "--preset",
+        "--curve-preset",
         "paper",
     ];
     ok(&command(arg(&model), arg(&out), &more));

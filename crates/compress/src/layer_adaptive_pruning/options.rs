@@ -156,7 +156,7 @@ pub struct LayerAdaptivePruningOptions {
     pub distortion: Option<Distortion>,
     /// Defaults of the paper's command lines
     #[arg(long, value_enum)]
-    pub preset: Option<Preset>,
+    pub curve_preset: Option<Preset>,
     /// Steps of every layer's rate-distortion curve
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub curve_points: usize,
@@ -222,7 +222,7 @@ impl Default for LayerAdaptivePruningOptions {
         Self {
             allocator: Allocator::Rd,
             distortion: None,
-            preset: None,
+            curve_preset: None,
             curve_points: 100,
             curve_samples: None,
             monotone_curves: false,
@@ -316,7 +316,7 @@ impl LayerAdaptivePruningOptions {
 
     /// The kind of distortion, with the preset's default.
     pub fn kind(&self) -> Distortion {
-        self.distortion.unwrap_or(match self.preset {
+        self.distortion.unwrap_or(match self.curve_preset {
             Some(Preset::Paper) => Distortion::Worst,
             None => Distortion::Mean,
         })
@@ -415,7 +415,7 @@ mod tests {
     fn the_papers_preset_takes_the_worst_sample() {
         let mut options = LayerAdaptivePruningOptions::default();
         assert_eq!(options.kind(), Distortion::Mean);
-        options.preset = Some(Preset::Paper);
+        options.curve_preset = Some(Preset::Paper);
         assert_eq!(options.kind(), Distortion::Worst);
         options.distortion = Some(Distortion::Mean);
         assert_eq!(options.kind(), Distortion::Mean);
