@@ -119,7 +119,8 @@ fn sparse_formats_compute_what_the_dense_one_computes() {
             let out = room.prune(method, &format!("{method}-{format}"), &more);
             let size = |path: &Path| path.join("model.safetensors").metadata().unwrap().len();
             assert!(size(&out) < size(&dense), "{format}");
-            assert_eq!(perplexity(&room, &out), wanted, "{method} {format}");
+            let found = perplexity(&room, &out);
+            assert!((found / wanted - 1.0).abs() < 1e-5, "{method} {format}: {found} {wanted}");
         }
     }
 }
@@ -136,11 +137,33 @@ fn before_and_after_on_general_and_domain_text() {
     // A dialect needs no file.
     let out = room.path("dialect");
     ok(&[
-        "-q", "prune", arg(&room.model), "--method", "d-pruner", "--dialect", "law", "--out", arg(&out),
-        "--calibration", arg(&room.calibration), "--samples", "4", "--sequence-length", "32",
-        "--domain-samples", "8", "--no-evaluate", "--importance-mode", "paper", "--epochs", "1",
+        "-q",
+        "prune",
+        arg(&room.model),
+        "--method",
+        "d-pruner",
+        "--dialect",
+        "law",
+        "--out",
+        arg(&out),
+        "--calibration",
+        arg(&room.calibration),
+        "--samples",
+        "4",
+        "--sequence-length",
+        "32",
+        "--domain-samples",
+        "8",
+        "--no-evaluate",
+        "--importance-mode",
+        "paper",
+        "--epochs",
+        "1",
     ]);
-    assert_eq!(json_of(&out.join("strata.json"))["options"]["d_pruner"]["importance_mode"], "paper");
+    assert_eq!(
+        json_of(&out.join("strata.json"))["options"]["d_pruner"]["importance_mode"],
+        "paper"
+    );
 }
 
 #[test]
@@ -170,7 +193,10 @@ fn kept_importance_serves_other_sparsities_and_a_finished_job_is_taken_up() {
     assert_eq!(files().len(), 6);
     let again = room.prune("d-pruner", "a", &[&keep[..], &["--resume"]].concat());
     assert_eq!(first, again);
-    room.refused(&room.job("magnitude", "a", &["--no-evaluate"]), &["exists already", "--overwrite"]);
+    room.refused(
+        &room.job("magnitude", "a", &["--no-evaluate"]),
+        &["exists already", "--overwrite"],
+    );
 }
 
 #[test]
@@ -178,10 +204,8 @@ fn pruned_zeros_survive_quantisation_in_a_recipe() {
     let room = Room::new();
     let recipe = room.path("job.yaml");
     let (pruned, quantised) = (room.path("pruned"), room.path("quantised"));
-    let calibration = format!(
-        "{{ file: {}, samples: 16, sequence_length: 32 }}",
-        room.calibration.display()
-    );
+    let calibration =
+        format!("{{ file: {}, samples: 16, sequence_length: 32 }}", room.calibration.display());
     let text = format!(
         "model: {}\nstages:\n  - prune: {{ method: sparsegpt, pattern: '2:4', calibration: {calibration}, \
          measure: {{ skip: true }}, out: {} }}\n  - quantize: {{ method: gptq, bits: 4, group_size: 16, \
@@ -220,7 +244,15 @@ fn refusals_say_what_would_work() {
     std::fs::write(&empty, "{\"text\": \"\"}\n").unwrap();
     let out = room.path("refused");
     let arguments = [
-        "-q", "prune", arg(&room.model), "--method", "d-pruner", "--domain", arg(&empty), "--out", arg(&out),
+        "-q",
+        "prune",
+        arg(&room.model),
+        "--method",
+        "d-pruner",
+        "--domain",
+        arg(&empty),
+        "--out",
+        arg(&out),
     ];
     let (code, _, stderr) = run(&arguments);
     assert_eq!(code, 2);
