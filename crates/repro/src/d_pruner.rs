@@ -1,8 +1,12 @@
 //! D-Pruner against magnitude, Wanda, SparseGPT and its own halves (Zhang et al. 2024): a domain is
 //! kept without losing the rest.
 //!
-//! The domain is one dialect of the almanac, general text the almanac without it. Both losses of
-//! every arm are measured on text that nothing was calibrated on.
+//! Two settings. A character model (`protocol`), trained here on two kinds of real text; and the
+//! almanac sample, whose domain is one dialect and whose general text is the almanac without it.
+//! Both losses of every arm are measured on text that nothing was calibrated on.
+
+mod character;
+mod protocol;
 
 use crate::arms::SEEDS;
 use crate::{Error, Findings, Reproduction, Result, Settings};
@@ -297,6 +301,7 @@ impl<'a> Stage<'a> {
 }
 
 fn run(settings: &Settings) -> Result<Findings> {
+    let mut findings = protocol::run(settings)?;
     let stage = Stage::new(settings)?;
     let dense = stage.losses(&stage.model)?;
     let unstructured = |sparsity| Cut { sparsity, structure: Structure::Unstructured };
@@ -337,13 +342,12 @@ fn run(settings: &Settings) -> Result<Findings> {
         }
     }
     progress.finish();
-    let mut findings = Findings::default();
     for (cut, cell) in cuts.iter().zip(&measured) {
         findings.tables.push(table(*cut, dense, cell, &arms));
     }
     claims(&cuts, &measured, &mut findings);
     findings.notes.push(format!(
-        "Dense model: {:.4} nats per token on general text, {:.4} on the domain (radio dialect). \
+        "Almanac, dense model: {:.4} nats per token on general text, {:.4} on the domain (radio dialect). \
          SparseGPT updates the weights it keeps, the other arms do not.",
         dense[0], dense[1]
     ));
@@ -365,7 +369,7 @@ fn table(cut: Cut, dense: [f64; 2], cell: &Cell2, arms: &[Arm]) -> Table {
         Column::right("spread, general"),
         Column::right("spread, domain"),
     ];
-    let title = format!("{}: nats per token and perplexity, mean of 3 seeds", cut.label());
+    let title = format!("Almanac, {}: nats per token and perplexity, mean of 3 seeds", cut.label());
     let mut table = Table::new(title, columns);
     let mut row = |label: &str, [general, domain]: [f64; 2], spread: [f64; 2]| {
         table.push(vec![
@@ -417,25 +421,25 @@ fn claims(cuts: &[Cut], measured: &[Cell2], findings: &mut Findings) {
         });
     };
     claim(
-        "50 % and 70 %: dual importance (normalised, lambda 1) < gradient alone, general and domain",
+        "almanac, 50 % and 70 %: dual importance (normalised, lambda 1) < gradient alone, general and domain",
         &unstructured,
         &[Arm::GradientOnly],
         true,
     );
     claim(
-        "50 % and 70 %: dual importance < magnitude and Wanda (general, domain), in both losses",
+        "almanac, 50 % and 70 %: dual importance < magnitude and Wanda (general, domain), in both losses",
         &unstructured,
         &[Arm::Magnitude, Arm::WandaGeneral, Arm::WandaDomain],
         true,
     );
     claim(
-        "70 %: dual importance < SparseGPT (general, domain), in both losses",
+        "almanac, 70 %: dual importance < SparseGPT (general, domain), in both losses",
         &at(0.7),
         &[Arm::SparseGptGeneral, Arm::SparseGptDomain],
         true,
     );
     claim(
-        "50 %: dual importance against SparseGPT, which updates weights (reported only)",
+        "almanac, 50 %: dual importance against SparseGPT, which updates weights (reported only)",
         &at(0.5),
         &[Arm::SparseGptGeneral, Arm::SparseGptDomain],
         false,
@@ -448,7 +452,7 @@ fn claims(cuts: &[Cut], measured: &[Cell2], findings: &mut Findings) {
     if !gaps.is_empty() {
         findings.claims.push(Claim {
             slug: "d-pruner".into(),
-            claim: "the published constants are inert at this scale: |reference - gradient alone| \
+            claim: "almanac: the published constants are inert at this scale: |reference - gradient alone| \
                     < 0.02 nats in both losses"
                 .into(),
             measured: serde_json::json!({ "largest difference by sparsity": gaps }),

@@ -126,11 +126,24 @@ impl Scoring<'_> {
     /// Scores all planned weights into `root`, or takes what is there already. A run that was
     /// stopped goes on after the last whole epoch.
     pub fn run(&self, root: &Path, progress: &report::Progress) -> Result<Files> {
+        match self.run_until(root, progress, usize::MAX)? {
+            Some(files) => Ok(files),
+            None => Err(Error::Options("scoring stopped before its end".into())),
+        }
+    }
+
+    /// As [`Scoring::run`], but returns `None` after epoch `stop`, as if killed there.
+    pub fn run_until(
+        &self,
+        root: &Path,
+        progress: &report::Progress,
+        stop: usize,
+    ) -> Result<Option<Files>> {
         let options = self.options;
         let files = Files::at(root, Kind::Scores, &self.record()?, self.plan.blocks.len())?;
         if files.complete() {
             report::note(&format!("importance taken from {}", files.directory().display()));
-            return Ok(files);
+            return Ok(Some(files));
         }
         let steps = self.domain.steps(options.domain_batch) * options.epochs();
         if options.importance_mode == Mode::Reference && steps < 2 {
@@ -149,11 +162,14 @@ impl Scoring<'_> {
             if epoch + 1 < options.epochs() {
                 state.save(&saved, epoch + 1)?;
             }
+            if epoch + 1 >= stop {
+                return Ok(None);
+            }
         }
         self.write(&files, &state)?;
         // The scores stand in files of their own now.
         let _ = std::fs::remove_file(saved.file());
-        Ok(files)
+        Ok(Some(files))
     }
 
     fn record(&self) -> Result<Value> {

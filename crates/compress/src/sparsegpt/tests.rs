@@ -264,3 +264,23 @@ fn refusals() {
         assert!(bad.is_err());
     }
 }
+
+#[test]
+fn a_hessian_that_cannot_be_factorised_gets_ten_times_the_damping() {
+    // Eigenvalues 2.5 and -0.5: more than half of the mean of the diagonal must be added.
+    let hessian = vec![1.0, 1.5, 1.5, 1.0];
+    let options = GptqOptions::default();
+    assert!(Factor::of_hessian("layer.v", hessian.clone(), 2, 4, &options).is_err());
+    let factor = Factor::tenfold("layer.v", hessian, 2, 4, 0.01).unwrap();
+    assert!(factor.damping() > 0.5 && factor.damping() < 1.0, "{}", factor.damping());
+    // Beyond all damping.
+    let error =
+        Factor::tenfold("layer.v", vec![1.0, 1e4, 1e4, 1.0], 2, 4, 0.01).unwrap_err().to_string();
+    for phrase in ["layer.v", "4 tokens", "--exclude"] {
+        assert!(error.contains(phrase), "{error}");
+    }
+    let nan = Factor::tenfold("layer.v", vec![f64::NAN, 0.0, 0.0, 1.0], 2, 4, 0.01).unwrap_err();
+    assert!(nan.to_string().contains("input 0 are NaN or infinite"), "{nan}");
+    let zero = Factor::tenfold("layer.v", vec![0.0; 4], 2, 4, 0.01).unwrap_err().to_string();
+    assert!(zero.contains("layer.v") && zero.contains("excites"), "{zero}");
+}

@@ -5,9 +5,11 @@
 
 mod awq;
 mod common;
+mod d_pruner;
 mod durable;
 mod families;
 mod gptq;
 mod packed;
+mod prune;
 mod refuse;
 mod survive;
