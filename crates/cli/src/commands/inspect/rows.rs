@@ -71,7 +71,7 @@ impl Content {
                 dtype: info.dtype.to_string(),
                 shape: info.shape.clone(),
                 parameters: info.elements() as u64,
-                bytes: info.nbytes,
+                bytes: checkpoint.stored_bytes(&info.name)?,
                 statistics: if statistics { measure(&checkpoint, info)? } else { None },
             });
             progress.inc(info.nbytes);
@@ -260,6 +260,10 @@ fn layer(model: &OpenNetwork, name: &Name, statistics: bool) -> Result<Row> {
         let values = model.weights.matrix(name)?;
         Some(host::read(&values, Statistics::of))
     };
+    let mut bytes = 0;
+    for info in &stored {
+        bytes += model.checkpoint.stored_bytes(&info.name)?;
+    }
     Ok(Row {
         name: name.module.clone(),
         role: Some(name.role.label()),
@@ -271,7 +275,7 @@ fn layer(model: &OpenNetwork, name: &Name, statistics: bool) -> Result<Row> {
             false => vec![out, width],
         },
         parameters: (out * width + bias) as u64,
-        bytes: stored.iter().map(|info| info.nbytes).sum(),
+        bytes,
         statistics,
     })
 }
