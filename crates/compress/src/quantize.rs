@@ -24,6 +24,11 @@ pub fn run(
     run_job(source, plan, &mut job, calibration, target, progress)
 }
 
+/// How the job writes what it quantises.
+pub(crate) fn container(options: &QuantizeOptions) -> Container {
+    options.format.layout().map_or(Container::Dense, Container::Packed)
+}
+
 struct Quantize<'a> {
     options: &'a QuantizeOptions,
     awq: crate::awq::Prepared,
@@ -49,7 +54,7 @@ impl Job for Quantize<'_> {
     }
 
     fn container(&self) -> Container {
-        self.options.format.layout().map_or(Container::Dense, Container::Packed)
+        container(self.options)
     }
 
     fn limits(&self) -> Limits {
@@ -71,7 +76,8 @@ impl Job for Quantize<'_> {
             Method::Rtn => crate::rtn::quantize_block(job),
             Method::Gptq => crate::gptq::quantize_block(job, &options.gptq),
             Method::Awq => crate::awq::run_block(job, options, &self.awq),
-            Method::Adadim | Method::Rsq | Method::Pvq => Err(Error::Options(format!(
+            Method::Adadim => crate::adadim::quantize_block(job, options),
+            Method::Rsq | Method::Pvq => Err(Error::Options(format!(
                 "{} is not available in this build",
                 options.method.slug()
             ))),
@@ -97,7 +103,7 @@ impl Job for Quantize<'_> {
             Granularity::Group if grid.group_size > 0 => Some(grid.group_size),
             _ => None,
         };
-        let gptq = &self.options.gptq;
+        let gptq = self.options.used_gptq();
         let by_gptq = self.options.rounds_by_gptq();
         let mut config = QuantConfig::new(layout, grid.bits, group, grid.symmetric);
         config.desc_act = by_gptq && gptq.act_order;

@@ -16,7 +16,7 @@ mod scan;
 
 pub use accuracy::{NextTokenAccuracy, next_token_accuracy};
 pub use choice::{ChoiceScores, Question, multiple_choice, read_questions};
-pub use compare::{Comparison, compare};
+pub use compare::{Comparison, compare, divergence};
 pub use error::{Error, Result};
 pub use facts::{FactScores, Score, facts};
 pub use images::{ClassScore, ImageScores, check_images, classify, classify_with};
