@@ -92,6 +92,25 @@ impl Calibration {
         Self::new(self.tokens.get(..tokens).unwrap_or_default().to_vec(), self.length)
     }
 
+    /// Every window `times` times, each copy rolled on by an equal part of its length: what stood at
+    /// `t` stands at `t + length · m / times` in copy `m`, and the end comes round to the start.
+    ///
+    /// # Errors
+    /// When there are no whole windows.
+    pub fn expanded(&self, times: usize) -> Result<Self> {
+        let mut tokens = Vec::with_capacity(self.tokens.len() * times);
+        for copy in 0..times {
+            for window in self.tokens.chunks(self.length) {
+                let start = tokens.len();
+                tokens.extend_from_slice(window);
+                if let Some(window) = tokens.get_mut(start..) {
+                    window.rotate_right(self.length * copy / times);
+                }
+            }
+        }
+        Self::new(tokens, self.length)
+    }
+
     /// No calibration at all.
     pub fn none() -> Self {
         Self { tokens: Vec::new(), length: 2, per_batch: 1 }

@@ -316,6 +316,7 @@ impl QuantizeOptions {
         match self.method {
             Method::Awq => self.awq.calibrates(),
             Method::Adadim => self.adadim.calibrates(),
+            Method::Rsq => self.rsq.calibrates(),
             method => method.calibrates(),
         }
     }
@@ -325,13 +326,19 @@ impl QuantizeOptions {
         self.calibrates() || self.layerwise.calibrates()
     }
 
+    /// Whether any layer is put on a grid.
+    pub fn quantises(&self) -> bool {
+        !(self.method == Method::Rsq && self.rsq.rotate_only)
+    }
+
     /// Whether GPTQ chooses the codes.
     pub(crate) fn rounds_by_gptq(&self) -> bool {
         match self.method {
             Method::Gptq => true,
             Method::Awq => self.awq.rounding == Rounding::Gptq,
             Method::Adadim => self.adadim.base == Base::Gptq,
-            Method::Rtn | Method::Rsq | Method::Pvq => false,
+            Method::Rsq => self.rsq.calibrates(),
+            Method::Rtn | Method::Pvq => false,
         }
     }
 
@@ -351,6 +358,9 @@ impl QuantizeOptions {
         }
         if self.method == Method::Adadim {
             self.adadim.check(self)?;
+        }
+        if self.method == Method::Rsq {
+            self.rsq.check(self)?;
         }
         if self.method == Method::Awq {
             self.awq.check()?;

@@ -69,7 +69,7 @@ impl Plan {
                         grid.symmetric = other.symmetric.unwrap_or(grid.symmetric);
                         crate::grid::Grid::new(&grid)?;
                     }
-                    let grid = if kept { None } else { Some(grid) };
+                    let grid = if kept || !options.quantises() { None } else { Some(grid) };
                     if let Some(grid) = &grid {
                         check_shape(&name, grid, options)?;
                         plan.bytes_after = plan.bytes_after.saturating_sub(saved(
@@ -86,7 +86,7 @@ impl Plan {
             }
             plan.blocks.push(sets);
         }
-        if quantised == 0 {
+        if quantised == 0 && options.quantises() {
             return Err(Error::Options(
                 "nothing is left to quantise; loosen --only or --exclude".into(),
             ));
@@ -95,6 +95,18 @@ impl Plan {
             crate::adadim::check_plan(&plan, options)?;
         }
         Ok(plan)
+    }
+
+    /// The same plan for the same network under other names (those of `decoder`).
+    pub fn renamed(&self, decoder: &Decoder) -> Self {
+        let mut plan = self.clone();
+        for (block, sets) in plan.blocks.iter_mut().enumerate() {
+            let names = decoder.linear_sets(block).into_iter().flatten();
+            for (layer, name) in sets.iter_mut().flatten().zip(names) {
+                layer.name = name;
+            }
+        }
+        plan
     }
 
     /// All layers, in order.

@@ -127,7 +127,7 @@ impl Decoder {
         Ok(decoder)
     }
 
-    fn named(config: DecoderConfig, prefix: &str, head: &str) -> Self {
+    pub(crate) fn named(config: DecoderConfig, prefix: &str, head: &str) -> Self {
         let c = &config;
         let table = c.family.table();
         let outer = |module: &str, role, shape| Name {

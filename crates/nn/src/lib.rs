@@ -12,6 +12,7 @@
 //! - `mapping`: which norm or linear can absorb a scale (what AWQ and rotations fold through);
 //! - `network`: any architecture as a chain of segments; `resnet`, `vit`, `mlp` are the families of
 //!   images, `open` finds the family of a checkpoint;
+//! - `rotate`: the same network in a rotated basis of its residual stream;
 //! - `model`, `generate`: opening a checkpoint and sampling from it.
 //!
 //! Losses, optimisers and evaluation live above; containers on disk and kernels live below.
@@ -36,6 +37,7 @@ pub mod overlay;
 pub mod quantized;
 pub mod resnet;
 mod rope;
+pub mod rotate;
 pub mod site;
 pub mod stored;
 pub mod tap;
@@ -61,6 +63,7 @@ pub use open::{OpenNetwork, known_families, network_of, open_network};
 pub use overlay::Overlay;
 pub use quantized::Quantized;
 pub use resnet::ResNet;
+pub use rotate::{Rotated, RotationKind};
 pub use site::{Point, Site};
 pub use store::packed::Stored;
 pub use stored::dequantize;

@@ -12,6 +12,10 @@ use report::{Block, Cell, Chart, ChartKind, Column, Report, Section, Table, huma
 pub fn plan_line(plan: &Plan, options: &QuantizeOptions) -> String {
     let layers = plan.layers().filter(|l| l.grid.is_some()).count();
     let kept = plan.layers().count() - layers;
+    if !options.quantises() {
+        let (method, blocks) = (options.method.slug(), plan.blocks.len());
+        return format!("plan: {method} on {blocks} blocks, nothing is quantised");
+    }
     format!(
         "plan: {} on {layers} layers in {} blocks, {} bits{}; {} → about {}",
         options.method.slug(),
@@ -34,12 +38,12 @@ pub fn quantize(
 ) -> Report {
     let options = &job.options;
     let name = job.model.file_name().map(|n| n.to_string_lossy().into_owned());
-    let title = format!(
-        "{} at {} bits: {}",
-        options.method.slug().to_uppercase(),
-        options.grid.bits,
-        name.unwrap_or_else(|| job.model.display().to_string())
-    );
+    let name = name.unwrap_or_else(|| job.model.display().to_string());
+    let method = options.method.slug().to_uppercase();
+    let title = match options.quantises() {
+        true => format!("{method} at {} bits: {name}", options.grid.bits),
+        false => format!("{method}, nothing quantised: {name}"),
+    };
     let group = match options.grid.group_size {
         0 => "whole rows".to_string(),
         g => format!("groups of {g}"),
@@ -47,7 +51,11 @@ pub fn quantize(
     let format = serde_json::to_value(options.format).unwrap_or_default();
     let format = format.as_str().unwrap_or_default().to_string();
     let kind = if options.grid.symmetric { "symmetric" } else { "asymmetric" };
-    let mut report = Report::new(title, format!("{kind} grid, {group}, {format} format"));
+    let subtitle = match options.quantises() {
+        true => format!("{kind} grid, {group}, {format} format"),
+        false => "ordinary weights in f32".to_string(),
+    };
+    let mut report = Report::new(title, subtitle);
     report.fact("size", format!("{} → {}", human::bytes(bytes.0), human::bytes(bytes.1)));
     report.fact("smaller by", format!("{:.2} x", bytes.0 as f64 / bytes.1.max(1) as f64));
     if let Some(m) = measures {
@@ -57,8 +65,10 @@ pub fn quantize(
         );
         report.fact("same next token", human::percent(m.distance.agreement));
     }
-    let bits = mean_bits(&outcome.layers);
-    report.fact("bits per weight", format!("{bits:.3} in {} layers", outcome.layers.len()));
+    if !outcome.layers.is_empty() {
+        let bits = mean_bits(&outcome.layers);
+        report.fact("bits per weight", format!("{bits:.3} in {} layers", outcome.layers.len()));
+    }
     report.fact("time", human::seconds(seconds));
 
     let section = report.section("Before and after");
@@ -70,17 +80,24 @@ pub fn quantize(
         ));
         section.push(m.distance.table());
     }
+    for note in &outcome.notes {
+        section.text(note);
+    }
     for warning in &outcome.warnings {
         section.text(format!("Warning: {warning}"));
     }
-    layer_charts(report.section("Error by layer"), &outcome.layers, decoder.num_blocks());
+    if !outcome.layers.is_empty() {
+        layer_charts(report.section("Error by layer"), &outcome.layers, decoder.num_blocks());
+    }
     if let Some(worst) = worst(&outcome.layers) {
         worst_layer(report.section("The worst layer"), worst);
     }
     if outcome.layers.iter().any(|l| l.details.contains_key("dim")) {
         directions(report.section("Direction of groups"), &outcome.layers);
     }
-    report.section("Layers").push(layer_table(&outcome.layers));
+    if !outcome.layers.is_empty() {
+        report.section("Layers").push(layer_table(&outcome.layers));
+    }
     let section = report.section("How it was made");
     section.code(serde_json::to_string_pretty(options).unwrap_or_default());
     section.text(
@@ -292,6 +309,11 @@ fn layer_table(layers: &[LayerResult]) -> Block {
     if damping {
         columns.push(Column::right("damping"));
     }
+    let weighed = layers.iter().any(|l| l.details.contains_key("effective_tokens"));
+    if weighed {
+        columns.push(Column::right("effective tokens"));
+        columns.push(Column::right("token weights"));
+    }
     let mut table = Table::new("", columns);
     for layer in layers {
         let number = |key: &str, digits| match layer.details.get(key).and_then(|v| v.as_f64()) {
@@ -313,6 +335,14 @@ fn layer_table(layers: &[LayerResult]) -> Block {
         }
         if damping {
             row.push(number("damping", 5));
+        }
+        if weighed {
+            let of = |key: &str| layer.details.get(key).and_then(|v| v.as_f64());
+            row.push(number("effective_tokens", 0));
+            row.push(match (of("token_weight_min"), of("token_weight_max")) {
+                (Some(low), Some(high)) => Cell::text(format!("{low:.4} to {high:.2}")),
+                _ => Cell::Empty,
+            });
         }
         table.push(row);
     }

@@ -250,7 +250,14 @@ pub(crate) fn general_text(model: &Model) -> data::text::Documents {
 /// The outcome of a job that had finished before, from its own record.
 pub(crate) fn finished_outcome(path: PathBuf) -> Result<Outcome> {
     let layers = read_layers(&path)?;
-    Ok(Outcome { path, layers, warnings: Vec::new(), resumed_blocks: 0, spilled_bytes: 0 })
+    Ok(Outcome {
+        path,
+        layers,
+        warnings: Vec::new(),
+        notes: Vec::new(),
+        resumed_blocks: 0,
+        spilled_bytes: 0,
+    })
 }
 
 fn read_layers(path: &Path) -> Result<Vec<compress::LayerResult>> {

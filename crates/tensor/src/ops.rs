@@ -21,7 +21,8 @@ mod spec;
 
 pub use activation::{activate, gelu_glu, swiglu};
 pub use attention::{
-    AttentionParts, attention, attention_mix, attention_parts, attention_pattern, attention_scores,
+    AttentionParts, attention, attention_mix, attention_parts, attention_pattern,
+    attention_received, attention_scores,
 };
 pub use conv::{
     BatchNorm, Conv2d, Moments, Seen, batch_norm, conv2d, conv2d_norm, mean_pool, subsample,

@@ -414,6 +414,8 @@ fn short_groups_are_said() {
         shape: [48, 128],
         bias: false,
         plus_one: false,
+        kernel: None,
+        spelling: nn::Spelling::Dotted,
     };
     assert_eq!(short_group(&name, &options(4, 64), Direction::Oc), None);
     let note = short_group(&name, &options(4, 64), Direction::Ic).unwrap();

@@ -14,4 +14,5 @@ mod layerwise;
 mod packed;
 mod prune;
 mod refuse;
+mod rsq;
 mod survive;
