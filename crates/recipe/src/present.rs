@@ -1,5 +1,8 @@
 //! What a finished job looks like: the report of a quantisation.
 
+pub mod layer_adaptive;
+pub mod prune;
+
 use crate::quantize::{Comparison, QuantizeJob};
 use compress::block::HISTOGRAM_BINS;
 use compress::{LayerResult, Outcome, Plan, QuantizeOptions};
