@@ -34,11 +34,18 @@ def paley_one(order):
     return h
 
 
+def is_prime(n):
+    return n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1))
+
+
 def hadamard(n):
     odd = n
     while odd % 2 == 0:
         odd //= 2
-    h = torch.ones(1, 1, dtype=torch.float64) if odd == 1 else paley_one(4 * odd)
+    order = 1 if odd == 1 else 4 * odd
+    while order > 1 and not (order % 4 == 0 and is_prime(order - 1)):
+        order *= 2
+    h = torch.ones(1, 1, dtype=torch.float64) if order == 1 else paley_one(order)
     while h.shape[0] < n:
         h = torch.kron(h, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64))
     return h

@@ -208,6 +208,8 @@ impl<'a> Rotated<'a> {
             let value = match leaf {
                 Leaf::Weight => f64::from(u8::from(!name.plus_one)),
                 Leaf::Bias => f64::from(u8::from(carried)),
+                // Statistics of a batch normalisation are not folded.
+                Leaf::RunningMean | Leaf::RunningVar => return stored(),
             };
             return Ok(vec![value; name.shape[0]]);
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use store::packed::{QuantizedMatrix, Stored};
-use tensor::lowbit::LowBit;
+use tensor::lowbit::{LowBit, LowBitColumns};
 use tensor::skinny;
 
 use crate::Result;
@@ -29,6 +29,8 @@ pub(crate) enum Kernel {
     Grid(Arc<LowBit>),
     /// Pyramid codes.
     Pyramid(Arc<Pyramid>),
+    /// Integer grid along the output.
+    Columns(Arc<LowBitColumns>),
     /// f32, for what has no kernel of its own.
     Dense(Arc<Vec<f32>>),
 }
@@ -38,7 +40,11 @@ impl Kernel {
     pub(crate) fn new(stored: &Stored) -> Result<Self> {
         match stored {
             Stored::Grid(m) => Ok(Self::Grid(Arc::new(low_bit(m)?))),
-            Stored::Columns(_) => Ok(Self::Dense(Arc::new(dequantize(stored)?))),
+            // Groups of unusual sizes have no kernel.
+            Stored::Columns(m) => Ok(match low_bit_columns(m) {
+                Ok(kernel) => Self::Columns(Arc::new(kernel)),
+                Err(_) => Self::Dense(Arc::new(dequantize(stored)?)),
+            }),
             Stored::Pyramid(m) => Ok(Self::Pyramid(Arc::new(Pyramid::new(m)?))),
         }
     }
@@ -55,6 +61,7 @@ impl Kernel {
         match self {
             Self::Grid(m) => m.linear(x, rows, bias, y),
             Self::Pyramid(m) => m.linear(x, rows, bias, y),
+            Self::Columns(m) => m.linear(x, rows, bias, y),
             Self::Dense(w) => skinny::linear_f32(x, rows, w, out, width, bias, y),
         }
     }
@@ -72,4 +79,11 @@ fn low_bit(m: &QuantizedMatrix) -> Result<LowBit> {
         &zeros,
         m.group_index.as_deref(),
     )?)
+}
+
+/// `m` is the grid of the transposed weight, `[in, out]`.
+fn low_bit_columns(m: &QuantizedMatrix) -> Result<LowBitColumns> {
+    let zeros: Vec<f32> = m.zeros.iter().map(|&z| f32::from(z)).collect();
+    let (inputs, out) = (m.out_features, m.in_features);
+    Ok(LowBitColumns::new(m.bits, out, inputs, m.group_size, &m.codes, &m.scales, &zeros)?)
 }

@@ -253,7 +253,7 @@ fn rotation_saves_rounding_from_outliers() {
 }
 
 #[test]
-fn resuming_a_rotated_job_gives_the_same_bytes() {
+fn the_seed_decides_and_runs_repeat() {
     let scratch = Scratch::new();
     let input = scratch.path("in");
     tiny_checkpoint(&input, Family::Gpt2, 5).unwrap();
