@@ -318,6 +318,7 @@ impl BlockJob<'_> {
                     let values = transpose(&values, original.out_features, original.in_features);
                     histogram(&original.transposed(), m, &values)
                 }
+                Stored::Pyramid(_) => Vec::new(),
             },
             ..self.result(name, original, &values, bits_per_weight, sample, details)
         };
