@@ -209,6 +209,10 @@ fn layer_charts(section: &mut Section, layers: &[LayerResult], blocks: usize) {
 }
 
 fn worst_layer(section: &mut Section, layer: &LayerResult) {
+    if layer.histogram.is_empty() {
+        section.text(format!("{}: relative error {:.3e}.", layer.module, error(layer)));
+        return;
+    }
     section.text(format!(
         "{}: relative error {:.3e}. How far its weights moved, in steps of their grid; plain \
          rounding stays within half a step.",
