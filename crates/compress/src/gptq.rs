@@ -1,26 +1,26 @@
 //! GPTQ: quantise one input column after the other and let the columns not yet quantised make up
 //! for the error (Frantar et al. 2022, arXiv 2210.17323).
 //!
-//! With `H = 2 X Xᵀ / tokens` damped and `H⁻¹ = Uᵀ U`, column `i` is rounded, its error divided
-//! by `U[i,i]`, and row `i` of `U` carries it to the columns on its right. Rows of the weight are
-//! independent, so they are processed in chunks, one per task; inside a chunk a block of columns
-//! is kept transposed, so that every step runs over a contiguous vector of rows. Errors of a
-//! finished block reach the rest of the row as one matrix product.
-//!
-//! This file is the mathematics: weight and Gram matrix in, codes out. Collecting the Gram matrix
-//! is the runner's business.
+//! This file is the method: options, weight and Hessian in, codes out, and what it does to a block.
+//! `factor` is the Hessian's factor, [`sweep`] the walk over columns with its compensation, which
+//! other quantisers use with their own rule for replacing columns, `grids` that rule for integer
+//! grids with groups along the input.
 
 use crate::block::{BlockJob, INPUT_POINTS, INPUT_STAGES, REPORT_TOKENS};
 use crate::grid::{Grid, GridOptions, GroupGrid, Matrix, assemble, effective_group};
 use crate::rtn;
-use crate::statistics::{Gram, Statistics, Wanted};
+use crate::statistics::{Gram, Statistics, TokenSample, Wanted};
 use crate::{Error, Result};
-use nn::{Stage, Taps};
-use rayon::prelude::*;
+use nn::{Name, Stage, Taps};
 use std::collections::BTreeMap;
 use store::packed::{QuantizedMatrix, Stored};
-use tensor::kernels::{Matrix as View, Output, matmul_serial};
-use tensor::linalg::Precision;
+
+mod factor;
+mod grids;
+pub mod sweep;
+
+pub use factor::Factor;
+use grids::{InputGroupState, InputGroups};
 
 /// Options of GPTQ.
 #[derive(
@@ -50,6 +50,10 @@ pub struct GptqOptions {
     /// block (bit comparison with the reference code)
     #[arg(long)]
     pub stale_group_grid: bool,
+    /// Weights that are exactly zero stay exactly zero, as after pruning (rounding to nearest always
+    /// keeps them; GPTQ's compensation does not)
+    #[arg(long)]
+    pub keep_zeros: bool,
     /// What to do when a Hessian cannot be factorised: `rtn` rounds that layer to nearest with a warning
     #[arg(long, value_enum, default_value_t = OnFailure::Error)]
     pub on_failure: OnFailure,
@@ -65,6 +69,7 @@ impl Default for GptqOptions {
             mse: false,
             factorization: Factorization::F64,
             stale_group_grid: false,
+            keep_zeros: false,
             on_failure: OnFailure::Error,
         }
     }
@@ -135,105 +140,6 @@ impl GptqOptions {
     }
 }
 
-/// What the linears that read the same input share: column order and factor of the Hessian.
-#[derive(Debug)]
-pub struct Factor {
-    /// Position -> original column; `None` means as stored.
-    order: Option<Vec<usize>>,
-    /// Original columns that no token excites (`diag H = 0`).
-    dead: Vec<usize>,
-    /// Upper factor `U` with `H⁻¹ = Uᵀ U`, `[in, in]` row-major, in the processing order.
-    upper: Vec<f32>,
-    /// Value added to the diagonal.
-    damping: f64,
-    width: usize,
-}
-
-impl Factor {
-    /// Factorises the Hessian of `gram` (`[in, in]`).
-    pub fn new(layer: &str, gram: &Gram, options: &GptqOptions) -> Result<Self> {
-        Self::of_hessian(layer, gram.hessian(), gram.width(), gram.tokens(), options)
-    }
-
-    /// As [`Factor::new`], from the Hessian itself: a large layer's is held once, not twice.
-    fn of_hessian(
-        layer: &str,
-        mut hessian: Vec<f64>,
-        width: usize,
-        tokens: usize,
-        options: &GptqOptions,
-    ) -> Result<Self> {
-        if let Some(bad) = (0..width).find(|&i| !hessian[i * width + i].is_finite()) {
-            return Err(Error::layer(
-                layer,
-                format!(
-                    "activations of input {bad} are NaN or infinite; the model overflows on the \
-                     calibration text"
-                ),
-            ));
-        }
-        let dead: Vec<usize> = (0..width).filter(|&i| hessian[i * width + i] == 0.0).collect();
-        if dead.len() == width {
-            return Err(Error::layer(
-                layer,
-                "no calibration token excites any input; give calibration text".to_string(),
-            ));
-        }
-        for &i in &dead {
-            hessian[i * width + i] = 1.0;
-        }
-        let order = options.act_order.then(|| {
-            let mut order: Vec<usize> = (0..width).collect();
-            order.sort_by(|&a, &b| {
-                hessian[b * width + b].total_cmp(&hessian[a * width + a]).then(a.cmp(&b))
-            });
-            order
-        });
-        if let Some(order) = &order {
-            let source = hessian;
-            hessian = Vec::with_capacity(width * width);
-            for &row in order {
-                hessian.extend(order.iter().map(|&column| source[row * width + column]));
-            }
-        }
-        let precision = match options.factorization {
-            Factorization::F64 => Precision::F64,
-            Factorization::F32 => Precision::F32,
-        };
-        let factored =
-            tensor::linalg::inverse_cholesky_upper(&hessian, width, options.damping, precision)
-                .map_err(|error| {
-                    Error::layer(
-                        layer,
-                        format!(
-                            "{error}; the Hessian of {width} inputs was made from {} tokens: use \
-                             more or longer calibration samples, raise --damping, or pass \
-                             --on-failure rtn",
-                            tokens
-                        ),
-                    )
-                })?;
-        let (damping, upper) = (factored.damping, factored.upper.into_f32());
-        Ok(Self { order, dead, upper, damping, width })
-    }
-
-    /// Original column at a position of the processing order.
-    #[inline]
-    fn column(&self, position: usize) -> usize {
-        self.order.as_ref().map_or(position, |order| order[position])
-    }
-
-    /// Value that was added to the Hessian's diagonal.
-    pub fn damping(&self) -> f64 {
-        self.damping
-    }
-
-    /// Number of inputs that no calibration token excites.
-    pub fn dead_columns(&self) -> usize {
-        self.dead.len()
-    }
-}
-
 /// A quantised layer and what it cost.
 #[derive(Debug)]
 pub struct GptqResult {
@@ -242,9 +148,6 @@ pub struct GptqResult {
     /// `Σ Err²  = tr((W - Q) H_damped (W - Q)ᵀ)`; GPTQ's own report is half of it.
     pub loss: f64,
 }
-
-/// Rows processed together by one task; a multiple of the widest vector.
-const ROWS: usize = 64;
 
 /// Quantises `matrix` (`[out, in]`) under the Hessian that `factor` holds.
 pub fn quantize(
@@ -256,12 +159,7 @@ pub fn quantize(
     options: &GptqOptions,
 ) -> Result<GptqResult> {
     let (out, width) = (matrix.out_features, matrix.in_features);
-    if width != factor.width {
-        return Err(Error::layer(
-            layer,
-            format!("weight has {width} inputs but the Hessian has {}", factor.width),
-        ));
-    }
+    factor.check_width(layer, width)?;
     let grid = &Grid { mse: grid.mse || options.mse, ..*grid };
     let group_size = effective_group(grid_options, width);
     let groups = width.div_ceil(group_size);
@@ -270,31 +168,31 @@ pub fn quantize(
     let fixed: Option<Vec<GroupGrid>> = (options.static_groups || per_tensor).then(|| {
         let mut alive = matrix.clone();
         for row in alive.values.chunks_mut(width) {
-            for &column in &factor.dead {
+            for &column in factor.dead() {
                 row[column] = 0.0;
             }
         }
         rtn::group_grids(&alive, grid, grid_options, group_size)
     });
-    let plan = Plan {
+    let quantizer = InputGroups {
         factor,
         grid,
         group_size,
         groups,
-        block_size: options.block_size,
         stale: options.stale_group_grid,
-        fixed: fixed.as_deref(),
+        fixed: fixed.is_some(),
     };
+    let rows = sweep::chunk_rows(1);
     let mut codes = vec![0u8; out * width];
-    let mut grids = vec![GroupGrid { scale: 1.0, zero: 0.0 }; out * groups];
-    let losses: Vec<f64> = codes
-        .par_chunks_mut(ROWS * width)
-        .zip(grids.par_chunks_mut(ROWS * groups))
-        .zip(matrix.values.par_chunks(ROWS * width))
-        .enumerate()
-        .map(|(chunk, ((codes, grids), values))| plan.chunk(chunk * ROWS, values, codes, grids))
+    let mut grids =
+        fixed.clone().unwrap_or_else(|| vec![GroupGrid { scale: 1.0, zero: 0.0 }; out * groups]);
+    let mut states: Vec<InputGroupState<'_>> = codes
+        .chunks_mut(rows * width)
+        .zip(grids.chunks_mut(rows * groups))
+        .map(|(codes, grids)| InputGroupState::new(codes, grids))
         .collect();
-    let contiguous = factor.order.is_none() || fixed.is_some() || groups == 1;
+    let loss = sweep::sweep(matrix, factor, &quantizer, &mut states, rows, &options.into());
+    let contiguous = factor.keeps_order() || quantizer.fixed || groups == 1;
     let group_index = (!contiguous).then(|| {
         let mut index = vec![0u32; width];
         for position in 0..width {
@@ -303,7 +201,7 @@ pub fn quantize(
         index
     });
     let matrix = assemble(grid, out, width, group_size, codes, &grids, group_index);
-    Ok(GptqResult { matrix, loss: losses.iter().sum() })
+    Ok(GptqResult { matrix, loss })
 }
 
 /// Quantises one block, set after set in the order in which they compute: every set sees inputs
@@ -323,224 +221,66 @@ pub fn quantize_block(job: &mut BlockJob<'_>, options: &GptqOptions) -> Result<(
         let mut statistics = Statistics::new([(point, wanted)]);
         job.run_stage(stage, &mut Taps::one(&mut statistics))?;
         let collected = statistics.take(point).unwrap_or_default();
-        let first = &planned[0].0.module;
-        let Some(gram) = collected.gram else {
-            return Err(Error::layer(first, "no calibration token reached this layer"));
-        };
-        let (width, tokens) = (gram.width(), gram.tokens());
-        let hessian = gram.into_hessian();
-        let factor = match Factor::of_hessian(first, hessian, width, tokens, options) {
-            Ok(factor) => Some(factor),
-            Err(error) if options.on_failure == OnFailure::Rtn => {
-                job.warnings.push(format!("{error}; rounded to nearest instead"));
-                None
-            }
-            Err(error) => return Err(error),
-        };
-        for (name, grid_options) in planned {
-            let matrix = job.matrix(name)?;
-            let grid = job.grid(grid_options)?;
-            let mut details = BTreeMap::new();
-            let quantized = match &factor {
-                Some(factor) => {
-                    let result =
-                        quantize(&name.module, &matrix, factor, &grid, grid_options, options)?;
-                    details.insert("loss".into(), (result.loss / 2.0).into());
-                    details.insert("damping".into(), factor.damping().into());
-                    details.insert("dead_columns".into(), factor.dead_columns().into());
-                    result.matrix
-                }
-                None => {
-                    details.insert("fallback".into(), "rtn".into());
-                    rtn::quantize(&matrix, &grid, grid_options)
-                }
-            };
-            let sample = collected.sample.as_ref();
-            job.hand_in(name, &matrix, Stored::Grid(quantized), sample, details)?;
-        }
+        let sample = collected.sample.as_ref();
+        quantize_set(job, &planned, collected.gram, sample, options, &BTreeMap::new())?;
     }
     job.run_stage(Stage::Contract, &mut Taps::none())
 }
 
-/// Everything a chunk of rows needs.
-struct Plan<'a> {
-    factor: &'a Factor,
-    grid: &'a Grid,
-    group_size: usize,
-    groups: usize,
-    block_size: usize,
-    stale: bool,
-    fixed: Option<&'a [GroupGrid]>,
-}
-
-impl Plan<'_> {
-    /// Quantises up to [`ROWS`] rows; returns their share of `Σ Err²`.
-    fn chunk(
-        &self,
-        first_row: usize,
-        values: &[f32],
-        codes: &mut [u8],
-        grids: &mut [GroupGrid],
-    ) -> f64 {
-        let width = self.factor.width;
-        let rows = values.len() / width;
-        // The working copy is transposed, [in, rows], in processing order.
-        let mut work = vec![0f32; width * rows];
-        for (row, values) in values.chunks_exact(width).enumerate() {
-            for position in 0..width {
-                work[position * rows + row] = values[self.factor.column(position)];
-            }
-        }
-        if !self.factor.dead.is_empty() {
-            let mut is_dead = vec![false; width];
-            self.factor.dead.iter().for_each(|&column| is_dead[column] = true);
-            for position in 0..width {
-                if is_dead[self.factor.column(position)] {
-                    work[position * rows..(position + 1) * rows].fill(0.0);
-                }
-            }
-        }
-        if let Some(fixed) = self.fixed {
-            grids.copy_from_slice(&fixed[first_row * self.groups..][..rows * self.groups]);
-        }
-        let mut errors = vec![0f32; self.block_size.min(width) * rows];
-        let mut scales = vec![1f32; rows];
-        let mut zeros = vec![0f32; rows];
-        let mut column_codes = vec![0f32; rows];
-        let mut snapshot = Vec::new();
-        let mut loss = 0f64;
-        let max_code = self.grid.max_code();
-        let mut start = 0;
-        while start < width {
-            let end = self.block_end(start);
-            if self.stale {
-                snapshot.clear();
-                snapshot.extend_from_slice(&work[start * rows..]);
-            }
-            for position in start..end {
-                let column = self.factor.column(position);
-                let group = if self.fixed.is_some() {
-                    column / self.group_size
-                } else {
-                    position / self.group_size
-                };
-                if self.fixed.is_none() && position % self.group_size == 0 {
-                    let last = (position + self.group_size).min(width);
-                    let source = if self.stale {
-                        &snapshot[(position - start) * rows..(last - start) * rows]
-                    } else {
-                        &work[position * rows..last * rows]
-                    };
-                    self.find_grids(source, rows, group, grids);
-                }
-                for row in 0..rows {
-                    let grid = grids[row * self.groups + group];
-                    (scales[row], zeros[row]) = (grid.scale, grid.zero);
-                }
-                let diagonal = self.factor.upper[position * width + position];
-                let (head, tail) = work.split_at_mut((position + 1) * rows);
-                let current = &mut head[position * rows..];
-                let error = &mut errors[(position - start) * rows..(position - start + 1) * rows];
-                loss += quantize_column(
-                    current,
-                    &scales,
-                    &zeros,
-                    max_code,
-                    diagonal,
-                    error,
-                    &mut column_codes,
-                );
-                for (row, &code) in column_codes.iter().enumerate() {
-                    codes[row * width + column] = code as u8;
-                }
-                let upper =
-                    &self.factor.upper[position * width + position + 1..position * width + end];
-                spread_error(&mut tail[..upper.len() * rows], error, upper);
-            }
-            if end < width {
-                // work[end.., :] -= U[start..end, end..]ᵀ · Err   ([rest, rows])
-                let block = end - start;
-                matmul_serial(
-                    [width - end, rows, block],
-                    View::columns(&self.factor.upper[start * width + end..], width),
-                    View::rows(&errors[..block * rows], rows),
-                    -1.0,
-                    Output { data: &mut work[end * rows..], row: rows, accumulate: true },
-                );
-            }
-            start = end;
-        }
-        loss
+/// Quantises linears that read the same input, whose Gram matrix is `gram`, and hands them in.
+/// `notes` go to the details of each.
+///
+/// # Errors
+/// A Hessian that cannot be factorised (unless rounding is the answer to that), naming the layer.
+pub fn quantize_set(
+    job: &mut BlockJob<'_>,
+    planned: &[(&Name, &GridOptions)],
+    gram: Option<Gram>,
+    sample: Option<&TokenSample>,
+    options: &GptqOptions,
+    notes: &BTreeMap<String, serde_json::Value>,
+) -> Result<()> {
+    let Some((first, _)) = planned.first() else { return Ok(()) };
+    let first = &first.module;
+    let Some(gram) = gram else {
+        return Err(Error::layer(first, "no calibration token reached this layer"));
+    };
+    let (width, tokens) = (gram.width(), gram.tokens());
+    if tokens < width {
+        job.warnings.push(format!(
+            "{first}: {tokens} calibration tokens for {width} inputs: the Hessian has at most rank \
+             {tokens} and lives on its damping; more or longer samples would help"
+        ));
     }
-
-    /// End of the block of columns that starts at `start`. A block is cut short where a group
-    /// begins inside it and ends behind it, so that the group's grid sees fully updated weights
-    /// whatever the block size.
-    fn block_end(&self, start: usize) -> usize {
-        let width = self.factor.width;
-        let end = (start + self.block_size).min(width);
-        if self.stale || self.fixed.is_some() {
-            return end;
+    let hessian = gram.into_hessian();
+    let factor = match Factor::of_hessian(first, hessian, width, tokens, options) {
+        Ok(factor) => Some(factor),
+        Err(error) if options.on_failure == OnFailure::Rtn => {
+            job.warnings.push(format!("{error}; rounded to nearest instead"));
+            None
         }
-        let first = (start / self.group_size + 1) * self.group_size;
-        (first..end)
-            .step_by(self.group_size)
-            .find(|&group| (group + self.group_size).min(width) > end)
-            .unwrap_or(end)
-    }
-
-    /// Grids of one group for all rows of the chunk; `source` is `[group, rows]`.
-    fn find_grids(&self, source: &[f32], rows: usize, group: usize, grids: &mut [GroupGrid]) {
-        let mut values = vec![0f32; source.len() / rows];
-        for row in 0..rows {
-            for (value, column) in values.iter_mut().zip(source.chunks_exact(rows)) {
-                *value = column[row];
+        Err(error) => return Err(error),
+    };
+    for &(name, grid_options) in planned {
+        let matrix = job.matrix(name)?;
+        let grid = job.grid(grid_options)?;
+        let mut details = notes.clone();
+        let quantized = match &factor {
+            Some(factor) => {
+                let result = quantize(&name.module, &matrix, factor, &grid, grid_options, options)?;
+                details.insert("loss".into(), (result.loss / 2.0).into());
+                details.insert("damping".into(), factor.damping().into());
+                details.insert("dead_columns".into(), factor.dead_columns().into());
+                result.matrix
             }
-            grids[row * self.groups + group] = self.grid.find(&values);
-        }
-    }
-}
-
-tensor::simd! {
-    /// Rounds one column (`current`, one value per row) to its grid, replaces it by the grid value,
-    /// writes codes and `error = (w - q) / diagonal`; returns `Σ error²`.
-    fn quantize_column(
-        current: &mut [f32],
-        scales: &[f32],
-        zeros: &[f32],
-        max_code: f32,
-        diagonal: f32,
-        error: &mut [f32],
-        codes: &mut [f32]
-    ) -> f64 {
-        let n = current.len();
-        let (scales, zeros, error, codes) =
-            (&scales[..n], &zeros[..n], &mut error[..n], &mut codes[..n]);
-        for i in 0..n {
-            let w = current[i];
-            let code = ((w / scales[i]).round_ties_even() + zeros[i]).max(0.0).min(max_code);
-            let value = (code - zeros[i]) * scales[i];
-            codes[i] = code;
-            error[i] = (w - value) / diagonal;
-            current[i] = value;
-        }
-        let mut sum = 0f64;
-        for &e in error.iter() {
-            sum += f64::from(e) * f64::from(e);
-        }
-        sum
-    }
-}
-
-tensor::simd! {
-    /// `work[j, :] -= upper[j] * error` for every column `j` to the right inside the block.
-    fn spread_error(work: &mut [f32], error: &[f32], upper: &[f32]) {
-        for (column, &factor) in work.chunks_exact_mut(error.len()).zip(upper) {
-            for (w, &e) in column.iter_mut().zip(error) {
-                *w -= factor * e;
+            None => {
+                details.insert("fallback".into(), "rtn".into());
+                rtn::quantize(&matrix, &grid, grid_options)
             }
-        }
+        };
+        job.hand_in(name, &matrix, Stored::Grid(quantized), sample, details)?;
     }
+    Ok(())
 }
 
 #[cfg(test)]

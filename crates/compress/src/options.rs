@@ -1,6 +1,6 @@
 //! Options of a quantisation job: the one definition behind flags, recipe keys, schema and docs.
 
-use crate::adadim::AdadimOptions;
+use crate::adadim::{AdadimOptions, Base};
 use crate::awq::{AwqOptions, Rounding};
 use crate::gptq::GptqOptions;
 use crate::grid::GridOptions;
@@ -99,6 +99,18 @@ impl Format {
             Self::GptqV2 => Some(Layout::Gptq { v2: true }),
             Self::Strata => Some(Layout::Strata),
             Self::Dequantized => None,
+        }
+    }
+
+    /// Name as on the command line and in messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::CompressedTensors => "compressed-tensors",
+            Self::Awq => "awq",
+            Self::Gptq => "gptq",
+            Self::GptqV2 => "gptq-v2",
+            Self::Strata => "strata",
+            Self::Dequantized => "dequantized",
         }
     }
 }
@@ -241,7 +253,7 @@ impl Default for CalibrationOptions {
 )]
 #[serde(rename_all = "kebab-case")]
 pub enum Sampling {
-    /// `documents` for AWQ, `windows` otherwise.
+    /// `documents` for AWQ and AdaDim, `windows` otherwise.
     #[default]
     Auto,
     /// Shuffled documents that fit one window, joined and cut (AWQ reference).
@@ -301,7 +313,12 @@ impl<'de> serde::Deserialize<'de> for MemoryLimit {
 impl QuantizeOptions {
     /// Whether this job looks at activations.
     pub fn calibrates(&self) -> bool {
-        self.method.calibrates() && (self.method != Method::Awq || self.awq.calibrates())
+        match self.method {
+            Method::Awq => self.awq.calibrates(),
+            Method::Adadim => self.adadim.calibrates(),
+            Method::Rsq => self.rsq.calibrates(),
+            method => method.calibrates(),
+        }
     }
 
     /// Whether the job needs calibration text at all: for its method, or to decide widths.
@@ -309,12 +326,27 @@ impl QuantizeOptions {
         self.calibrates() || self.layerwise.calibrates()
     }
 
+    /// Whether any layer is put on a grid.
+    pub fn quantises(&self) -> bool {
+        !(self.method == Method::Rsq && self.rsq.rotate_only)
+    }
+
     /// Whether GPTQ chooses the codes.
     pub(crate) fn rounds_by_gptq(&self) -> bool {
         match self.method {
             Method::Gptq => true,
             Method::Awq => self.awq.rounding == Rounding::Gptq,
-            Method::Rtn | Method::Adadim | Method::Rsq | Method::Pvq => false,
+            Method::Adadim => self.adadim.base == Base::Gptq,
+            Method::Rsq => self.rsq.calibrates(),
+            Method::Rtn | Method::Pvq => false,
+        }
+    }
+
+    /// The options of GPTQ as the method uses them.
+    pub(crate) fn used_gptq(&self) -> GptqOptions {
+        match self.method {
+            Method::Adadim => self.adadim.gptq(&self.gptq, &self.grid),
+            _ => self.gptq.clone(),
         }
     }
 
@@ -322,7 +354,13 @@ impl QuantizeOptions {
     pub fn check(&self) -> Result<()> {
         crate::grid::Grid::new(&self.grid)?;
         if self.rounds_by_gptq() {
-            self.gptq.check(&self.grid)?;
+            self.used_gptq().check(&self.grid)?;
+        }
+        if self.method == Method::Adadim {
+            self.adadim.check(self)?;
+        }
+        if self.method == Method::Rsq {
+            self.rsq.check(self)?;
         }
         if self.method == Method::Awq {
             self.awq.check()?;
@@ -367,8 +405,8 @@ impl QuantizeOptions {
         }
         self.layerwise.check(self)?;
         let reordered = self.rounds_by_gptq()
-            && self.gptq.act_order
-            && !self.gptq.static_groups
+            && self.used_gptq().act_order
+            && !self.used_gptq().static_groups
             && self.grid.granularity == crate::grid::Granularity::Group
             && self.grid.group_size > 0;
         if reordered && matches!(self.format, Format::Awq | Format::CompressedTensors) {

@@ -95,7 +95,7 @@ impl Plan {
                         grid.symmetric = other.symmetric.unwrap_or(grid.symmetric);
                         crate::grid::Grid::new(&grid)?;
                     }
-                    let grid = if kept { None } else { Some(grid) };
+                    let grid = if kept || !options.quantises() { None } else { Some(grid) };
                     if let Some(grid) = &grid {
                         check_shape(&name, grid, options)?;
                         plan.bytes_after = plan.bytes_after.saturating_sub(saved(
@@ -112,12 +112,27 @@ impl Plan {
             }
             plan.blocks.push(sets);
         }
-        if quantised == 0 {
+        if quantised == 0 && options.quantises() {
             return Err(Error::Options(
                 "nothing is left to quantise; loosen --only or --exclude".into(),
             ));
         }
+        if options.method == crate::Method::Adadim {
+            crate::adadim::check_plan(&plan, options)?;
+        }
         Ok(plan)
+    }
+
+    /// The same plan for the same network under other names (those of `decoder`).
+    pub fn renamed(&self, decoder: &Decoder) -> Self {
+        let mut plan = self.clone();
+        for (block, sets) in plan.blocks.iter_mut().enumerate() {
+            let names = decoder.linear_sets(block).into_iter().flatten();
+            for (layer, name) in sets.iter_mut().flatten().zip(names) {
+                layer.name = name;
+            }
+        }
+        plan
     }
 
     /// All layers, in order.
@@ -141,8 +156,9 @@ pub(crate) fn check_shape(
     options: &QuantizeOptions,
 ) -> Result<()> {
     let width = name.in_features();
-    // Ragged last groups exist only in ordinary weights, and AWQ's searches need whole groups.
-    let whole = options.format != Format::Dequantized || options.method == crate::Method::Awq;
+    // Formats of other tools and AWQ's searches need whole groups.
+    let ragged = matches!(options.format, Format::Dequantized | Format::Strata);
+    let whole = !ragged || options.method == crate::Method::Awq;
     if whole && grid.granularity == Granularity::Group {
         require_whole_groups(&name.module, width, effective_group(grid, width))?;
         if grid.group_size > width {

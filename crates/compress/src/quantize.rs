@@ -19,14 +19,21 @@ pub fn run(
     target: &Target<'_>,
     progress: &report::Progress,
 ) -> Result<Outcome> {
-    let source = Source::of(model)?;
     let mut job = Quantize::new(options, &model.decoder)?;
+    if options.method == Method::Rsq {
+        let rsq = (&options.rsq, &mut job as &mut dyn Job);
+        return crate::rsq::run(model, plan, rsq, calibration, target, progress);
+    }
+    let source = Source::of(model)?;
     run_job(source, plan, &mut job, calibration, target, progress)
 }
 
 /// How the job writes what it quantises.
 pub(crate) fn container(options: &QuantizeOptions) -> Container {
-    options.format.layout().map_or(Container::Dense, Container::Packed)
+    match options.format.layout() {
+        Some(layout) if options.quantises() => Container::Packed(layout),
+        _ => Container::Dense,
+    }
 }
 
 struct Quantize<'a> {
@@ -76,7 +83,9 @@ impl Job for Quantize<'_> {
             Method::Rtn => crate::rtn::quantize_block(job),
             Method::Gptq => crate::gptq::quantize_block(job, &options.gptq),
             Method::Awq => crate::awq::run_block(job, options, &self.awq),
-            Method::Adadim | Method::Rsq | Method::Pvq => Err(Error::Options(format!(
+            Method::Adadim => crate::adadim::quantize_block(job, options),
+            Method::Rsq => crate::rsq::quantize_block(job, options),
+            Method::Pvq => Err(Error::Options(format!(
                 "{} is not available in this build",
                 options.method.slug()
             ))),
@@ -89,7 +98,7 @@ impl Job for Quantize<'_> {
         layers: &[LayerResult],
         modules: own::Modules,
     ) -> Result<Option<Value>> {
-        let Some(layout) = self.options.format.layout() else { return Ok(None) };
+        let Container::Packed(layout) = self.container() else { return Ok(None) };
         let quantised: Vec<String> = layers.iter().map(|l| l.module.clone()).collect();
         let mut ignored: Vec<String> = plan
             .layers()
@@ -102,7 +111,7 @@ impl Job for Quantize<'_> {
             Granularity::Group if grid.group_size > 0 => Some(grid.group_size),
             _ => None,
         };
-        let gptq = &self.options.gptq;
+        let gptq = self.options.used_gptq();
         let by_gptq = self.options.rounds_by_gptq();
         let mut config = QuantConfig::new(layout, grid.bits, group, grid.symmetric);
         config.desc_act = by_gptq && gptq.act_order;

@@ -11,7 +11,7 @@ use crate::block::{BlockJob, Calibration, LayerResult};
 use crate::grid::ScaleType;
 use crate::plan::Plan;
 use crate::{Error, Result};
-use nn::{Context, Decoder, Leaf, Model, Name, Overlay, Stored, Taps, Weights};
+use nn::{Context, Decoder, Leaf, Model, Name, Overlay, Role, Stored, Taps, Weights};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use store::packed::{Layout, own, pack};
@@ -89,6 +89,8 @@ pub struct Source<'a> {
     pub config: &'a serde_json::Value,
     /// The weights are not those of the checkpoint: every tensor is written from `weights`.
     pub rewritten: bool,
+    /// The type in which tensors that stay dense are written, instead of their stored one.
+    pub dense: Option<Dtype>,
 }
 
 impl<'a> Source<'a> {
@@ -100,6 +102,7 @@ impl<'a> Source<'a> {
             checkpoint: &model.checkpoint,
             config: model.checkpoint.config()?,
             rewritten: false,
+            dense: None,
         })
     }
 }
@@ -113,6 +116,8 @@ pub struct Outcome {
     pub layers: Vec<LayerResult>,
     /// Things the user should know.
     pub warnings: Vec<String>,
+    /// What was done to the model as a whole, for the report.
+    pub notes: Vec<String>,
     /// Blocks that an earlier, interrupted run had already done.
     pub resumed_blocks: usize,
     /// Bytes of calibration activations that went to a temporary file, at most.
@@ -244,7 +249,7 @@ pub fn run_job(
     drop((resid, branch));
     let path = writer.finish()?;
     progress.finish();
-    Ok(Outcome { path, layers, warnings, resumed_blocks, spilled_bytes })
+    Ok(Outcome { path, layers, warnings, notes: Vec::new(), resumed_blocks, spilled_bytes })
 }
 
 /// What the journal keeps of a block.
@@ -327,19 +332,22 @@ impl Walk<'_> {
     }
 
     fn dense_type(&self, source: Dtype) -> Dtype {
-        dense_type(self.container, source)
+        match self.source.dense {
+            Some(own) if source.is_float() => own,
+            _ => dense_type(self.container, source),
+        }
     }
 
     /// The type in which a tensor of the network is written; one that the checkpoint does not have
-    /// (a head that was tied) takes after the embedding.
+    /// (a head that was tied, a new name) takes after the checkpoint's largest tensor.
     fn type_of(&self, tensor: &str) -> Result<Dtype> {
         let checkpoint = self.source.checkpoint;
-        let like = if checkpoint.contains(tensor) {
-            tensor.to_string()
-        } else {
-            self.source.decoder.embed.weight()
-        };
-        Ok(self.dense_type(checkpoint.info(&like)?.dtype))
+        if checkpoint.contains(tensor) {
+            return Ok(self.dense_type(checkpoint.info(tensor)?.dtype));
+        }
+        let floats = checkpoint.infos().filter(|info| info.dtype.is_float());
+        let largest = floats.max_by_key(|info| info.shape.iter().product::<usize>());
+        Ok(self.dense_type(largest.map_or(Dtype::F32, |info| info.dtype)))
     }
 
     /// Writes everything outside the blocks, as it is but for its type.
@@ -376,13 +384,15 @@ impl Walk<'_> {
     /// Writes a module outside the blocks from the source's weights.
     fn write_rewritten(&self, writer: &mut Writer, name: &Name) -> Result<()> {
         let weight = name.weight();
-        if name.role == nn::Role::Head && self.source.decoder.config.tie_word_embeddings {
+        if name.role == Role::Head && self.source.decoder.config.tie_word_embeddings {
             return Ok(());
         }
         let weights = self.source.weights;
         if name.role.is_norm() {
             let values = host::into_vec(weights.vector(name, Leaf::Weight)?);
             self.add_dense(writer, &weight, &[values.len()], self.type_of(&weight)?, &values)?;
+        } else if matches!(name.role, Role::Embed | Role::Position | Role::Head) {
+            self.add_table(writer, name, self.type_of(&weight)?, weights)?;
         } else {
             self.add_matrix(writer, name, self.type_of(&weight)?, weights)?;
         }
@@ -486,6 +496,27 @@ impl Walk<'_> {
         self.add_dense(writer, &name.weight(), &[width, out], dtype, &transposed)
     }
 
+    /// Writes an embedding or a head, the largest tensors there are, some rows at a time: only its
+    /// stored bytes are ever held as a whole.
+    fn add_table(
+        &self,
+        writer: &mut Writer,
+        name: &Name,
+        dtype: Dtype,
+        weights: &dyn Weights,
+    ) -> Result<()> {
+        const VALUES: usize = 1 << 22;
+        let [rows, width] = name.shape;
+        let mut bytes = Vec::new();
+        for start in (0..rows).step_by((VALUES / width.max(1)).max(1)) {
+            let end = rows.min(start + (VALUES / width.max(1)).max(1));
+            let ids: Vec<u32> = (start..end).map(|row| row as u32).collect();
+            let values = host::into_vec(weights.embed(name, &ids)?);
+            bytes.extend(self.encode(&name.weight(), dtype, &values)?);
+        }
+        Ok(writer.add(&name.weight(), dtype, &[rows, width], &bytes)?)
+    }
+
     fn add_dense(
         &self,
         writer: &mut Writer,
@@ -494,6 +525,11 @@ impl Walk<'_> {
         dtype: Dtype,
         values: &[f32],
     ) -> Result<()> {
+        Ok(writer.add(name, dtype, shape, &self.encode(name, dtype, values)?)?)
+    }
+
+    /// `values` as bytes of `dtype`.
+    fn encode(&self, name: &str, dtype: Dtype, values: &[f32]) -> Result<Vec<u8>> {
         if let Some(at) = store::convert::overflows(values, dtype) {
             return Err(Error::layer(
                 name,
@@ -505,9 +541,8 @@ impl Walk<'_> {
                 ),
             ));
         }
-        let bytes = store::convert::from_f32(values, dtype)
-            .ok_or_else(|| Error::layer(name, format!("cannot be written as {}", dtype.name())))?;
-        Ok(writer.add(name, dtype, shape, &bytes)?)
+        store::convert::from_f32(values, dtype)
+            .ok_or_else(|| Error::layer(name, format!("cannot be written as {}", dtype.name())))
     }
 
     /// The residual stream entering block `index`: from the embedding, or from what an interrupted
@@ -596,15 +631,10 @@ impl Walk<'_> {
     /// A GGUF file holds its tokenizer inside; other containers need it as files.
     fn write_gguf_tokenizer(&self, writer: &mut Writer) -> Result<()> {
         let tokenizer = data::Tokenizer::from_checkpoint(self.source.checkpoint)?;
-        let mut config = serde_json::Map::new();
-        config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
-        for (key, id) in [("bos_token", tokenizer.bos()), ("eos_token", tokenizer.eos())] {
-            if let Some(text) = id.and_then(|id| tokenizer.token_text(id)) {
-                config.insert(key.into(), text.into());
-            }
+        for (name, text) in tokenizer.to_files()? {
+            writer.put_file(name, text.as_bytes())?;
         }
-        writer.put_file("tokenizer.json", tokenizer.to_json()?.as_bytes())?;
-        Ok(writer.put_json("tokenizer_config.json", &config.into())?)
+        Ok(())
     }
 }
 

@@ -240,7 +240,14 @@ impl QuantizeJob {
     /// The outcome of a job that had finished before, from its own record.
     fn finished_outcome(&self, path: PathBuf) -> Result<Outcome> {
         let layers = read_layers(&path)?;
-        Ok(Outcome { path, layers, warnings: Vec::new(), resumed_blocks: 0, spilled_bytes: 0 })
+        Ok(Outcome {
+            path,
+            layers,
+            warnings: Vec::new(),
+            notes: Vec::new(),
+            resumed_blocks: 0,
+            spilled_bytes: 0,
+        })
     }
 }
 

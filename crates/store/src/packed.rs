@@ -33,6 +33,7 @@ mod fetch;
 mod gptq;
 pub mod own;
 mod regex;
+pub mod sparse;
 #[cfg(test)]
 mod tests;
 

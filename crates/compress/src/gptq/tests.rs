@@ -1,6 +1,7 @@
 //! Tests of the mathematics of `gptq`.
 use super::*;
 use crate::grid::Granularity;
+use crate::statistics::Gram;
 
 fn random(out: usize, width: usize, seed: u64) -> Matrix {
     let mut rng = tensor::Rng::new(seed);
@@ -36,7 +37,7 @@ fn run(matrix: &Matrix, gram: &Gram, grid: &GridOptions, options: &GptqOptions) 
 }
 
 /// `tr((W - Q) H_damped (W - Q)ᵀ)` by plain loops in double precision.
-fn damped_error(matrix: &Matrix, q: &[f32], gram: &Gram, damping: f64) -> f64 {
+pub(super) fn damped_error(matrix: &Matrix, q: &[f32], gram: &Gram, damping: f64) -> f64 {
     let n = matrix.in_features;
     let hessian = gram.hessian();
     let mut total = 0.0;
@@ -82,18 +83,20 @@ fn hand_computed_two_columns() {
         width: 2,
     };
     let grid = Grid::new(&options(2, 0)).unwrap();
-    let plan = Plan {
+    let quantizer = InputGroups {
         factor: &factor,
         grid: &grid,
         group_size: 2,
         groups: 1,
-        block_size: 128,
         stale: false,
-        fixed: Some(&[GroupGrid { scale: 1.0, zero: 0.0 }]),
+        fixed: true,
     };
     let mut codes = [9u8; 2];
     let mut grids = [GroupGrid { scale: 1.0, zero: 0.0 }];
-    let loss = plan.chunk(0, &[0.6, 0.6], &mut codes, &mut grids);
+    let matrix = Matrix::new(1, 2, vec![0.6, 0.6]).unwrap();
+    let mut states = [InputGroupState::new(&mut codes, &mut grids)];
+    let sweeping = sweep::SweepOptions::from(&GptqOptions::default());
+    let loss = sweep::sweep(&matrix, &factor, &quantizer, &mut states, 64, &sweeping);
     assert_eq!(codes, [1, 0]);
     assert!((loss - 1.12).abs() < 1e-5, "{loss}");
 }
@@ -225,6 +228,41 @@ fn stale_grids_differ_only_inside_a_block() {
     let a = run(&matrix, &gram, &options(3, 32), &stale);
     let b = run(&matrix, &gram, &options(3, 32), &fresh);
     assert_eq!(a.matrix.scales, b.matrix.scales);
+}
+
+#[test]
+fn kept_zeros_stay_zero_under_every_grid() {
+    let mut matrix = random(70, 48, 23);
+    matrix.values.iter_mut().enumerate().for_each(|(i, w)| {
+        if i % 2 == 0 {
+            *w = 0.0;
+        }
+    });
+    let gram = gram(&activations(200, 48, 24), 48);
+    for symmetric in [false, true] {
+        for (static_groups, act_order, stale_group_grid) in
+            [(false, false, false), (true, true, false), (false, true, false), (false, false, true)]
+        {
+            for range in [crate::grid::Range::Zero, crate::grid::Range::Strict] {
+                let grid = GridOptions { symmetric, range, ..options(3, 16) };
+                let gptq = GptqOptions {
+                    static_groups,
+                    act_order,
+                    stale_group_grid,
+                    keep_zeros: true,
+                    ..Default::default()
+                };
+                let kept = run(&matrix, &gram, &grid, &gptq).matrix.dequantize();
+                let free = GptqOptions { keep_zeros: false, ..gptq };
+                let free = run(&matrix, &gram, &grid, &free).matrix.dequantize();
+                let rounded =
+                    rtn::quantize(&matrix, &Grid::new(&grid).unwrap(), &grid).dequantize();
+                let zeros = |q: &[f32]| q.iter().step_by(2).all(|q| *q == 0.0);
+                // Rounding keeps zeros by itself: 0 is always a value of the grid.
+                assert!(zeros(&kept) && zeros(&rounded) && !zeros(&free));
+            }
+        }
+    }
 }
 
 #[test]

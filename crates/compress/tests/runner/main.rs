@@ -3,6 +3,7 @@
 //! refuses. The mathematics of the methods is tested beside it, in the crate.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod adadim;
 mod awq;
 mod common;
 mod durable;
@@ -11,4 +12,5 @@ mod gptq;
 mod layerwise;
 mod packed;
 mod refuse;
+mod rsq;
 mod survive;

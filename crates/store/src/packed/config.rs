@@ -224,6 +224,12 @@ pub fn parse_config(config: &Value) -> Result<Option<QuantConfig>> {
     match method {
         "awq" => parse_awq(value).map(Some),
         "gptq" => parse_gptq(value).map(Some),
+        // Sparse matrices are read as dense ones.
+        "compressed-tensors"
+            if value.get("config_groups").is_none() && value.get("sparsity_config").is_some() =>
+        {
+            Ok(None)
+        }
         "compressed-tensors" => parse_compressed(value).map(Some),
         "strata" => {
             // Bits and groups are each module's own.
