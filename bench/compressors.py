@@ -76,7 +76,7 @@ def jobs(methods):
                 arguments = ["quantize", "--method", method, "--bits", str(bits), *grid, *text, *own]
                 yield method, str(bits), arguments
         if "pvq" in methods and bits < 8:
-            arguments = ["quantize", "--method", "pvq", "--pvq-bits", str(bits), *CALIBRATION]
+            arguments = ["quantize", "--method", "pvq", "--pvq-rate", str(bits), *CALIBRATION]
             yield "pvq", str(bits), [*arguments, "--format", "strata"]
     if "layerwise-quant" in methods:
         for size in ("4.6", "3.6"):
