@@ -299,7 +299,7 @@ impl BlockJob<'_> {
                 ),
             ));
         }
-        let mut values = nn::dequantize(&stored);
+        let mut values = nn::dequantize(&stored)?;
         let mut bits_per_weight = stored.bits_per_weight();
         if let Some(kept) = self.kept.get(&name.module) {
             let width = name.in_features();
@@ -318,6 +318,7 @@ impl BlockJob<'_> {
                     let values = transpose(&values, original.out_features, original.in_features);
                     histogram(&original.transposed(), m, &values)
                 }
+                Stored::Pyramid(_) => Vec::new(),
             },
             ..self.result(name, original, &values, bits_per_weight, sample, details)
         };

@@ -317,6 +317,7 @@ impl QuantizeOptions {
             Method::Awq => self.awq.calibrates(),
             Method::Adadim => self.adadim.calibrates(),
             Method::Rsq => self.rsq.calibrates(),
+            Method::Pvq => self.pvq.calibrates(),
             method => method.calibrates(),
         }
     }
@@ -329,6 +330,14 @@ impl QuantizeOptions {
     /// Whether any layer is put on a grid.
     pub fn quantises(&self) -> bool {
         !(self.method == Method::Rsq && self.rsq.rotate_only)
+    }
+
+    /// How finely layers are quantised, in words.
+    pub fn precision(&self) -> String {
+        match self.method {
+            Method::Pvq => self.pvq.precision(self.grid.bits),
+            _ => format!("{} bits", self.grid.bits),
+        }
     }
 
     /// Whether GPTQ chooses the codes.
@@ -361,6 +370,9 @@ impl QuantizeOptions {
         }
         if self.method == Method::Rsq {
             self.rsq.check(self)?;
+        }
+        if self.method == Method::Pvq {
+            self.pvq.check(self)?;
         }
         if self.method == Method::Awq {
             self.awq.check()?;

@@ -34,6 +34,7 @@ pub mod name;
 pub mod network;
 mod open;
 pub mod overlay;
+pub mod pyramid;
 pub mod quantized;
 pub mod resnet;
 mod rope;

@@ -28,7 +28,7 @@ fn options(bits: u8, group_size: usize) -> GridOptions {
 }
 
 fn rounded(matrix: &Matrix, grid: &GridOptions, direction: Direction) -> Vec<f32> {
-    nn::dequantize(&round(matrix, &Grid::new(grid).unwrap(), grid, direction))
+    nn::dequantize(&round(matrix, &Grid::new(grid).unwrap(), grid, direction)).unwrap()
 }
 
 fn compensated(
@@ -42,7 +42,7 @@ fn compensated(
 }
 
 fn values(matrix: &QuantizedMatrix) -> Vec<f32> {
-    nn::dequantize(&Stored::Columns(matrix.clone()))
+    nn::dequantize(&Stored::Columns(matrix.clone())).unwrap()
 }
 
 use store::packed::QuantizedMatrix;

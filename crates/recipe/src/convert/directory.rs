@@ -217,7 +217,7 @@ pub(super) fn dense(job: &ConvertJob) -> Result<Converted> {
         let Some(config) = &config else { continue };
         let stored = load(&checkpoint, module, config)?;
         let dtype = dequantised_type(number, &stored);
-        let values = nn::dequantize(&stored);
+        let values = nn::dequantize(&stored)?;
         let [rows, columns] = stored.shape();
         let name = format!("{module}.weight");
         if transposed.contains(module.as_str()) {
