@@ -6,12 +6,14 @@
 //! - `options`, `plan`, `calibration`: a job's definition, what it will do, its text;
 //! - `quantize`, `prune`: quantising and pruning as jobs of the runner;
 //! - `mask`: which weights go, shared by all pruners (`wanda`, `sparsegpt`, `d_pruner`, ...);
+//! - `allocate`: a budget over layers; `stream`: looking at a network before deciding;
 //! - `runner`, `block`, `activations`: the walk over blocks, within the memory contract.
 //!
 //! Evaluation and reports are not here: a job with its before and after is `recipe`'s.
 
 pub mod activations;
 pub mod adadim;
+pub mod allocate;
 pub mod awq;
 pub mod block;
 pub mod calibration;
@@ -32,6 +34,7 @@ pub mod rtn;
 pub mod runner;
 pub mod sparsegpt;
 pub mod statistics;
+pub mod stream;
 pub mod wanda;
 
 pub use block::{Calibration, LayerResult};

@@ -69,15 +69,12 @@ impl Plan {
                         grid.symmetric = other.symmetric.unwrap_or(grid.symmetric);
                         crate::grid::Grid::new(&grid)?;
                     }
-                    let grid = if kept { None } else { Some(grid) };
+                    let grid = if kept || !options.quantises() { None } else { Some(grid) };
                     if let Some(grid) = &grid {
                         check_shape(&name, grid, options)?;
-                        plan.bytes_after = plan.bytes_after.saturating_sub(saved(
-                            checkpoint,
-                            &name,
-                            grid,
-                            options.format,
-                        )?);
+                        plan.bytes_after = plan
+                            .bytes_after
+                            .saturating_sub(saved(checkpoint, &name, grid, options)?);
                         quantised += 1;
                     }
                     layers.push(LayerPlan { name, grid, sparsity: None });
@@ -86,12 +83,27 @@ impl Plan {
             }
             plan.blocks.push(sets);
         }
-        if quantised == 0 {
+        if quantised == 0 && options.quantises() {
             return Err(Error::Options(
                 "nothing is left to quantise; loosen --only or --exclude".into(),
             ));
         }
+        if options.method == crate::Method::Adadim {
+            crate::adadim::check_plan(&plan, options)?;
+        }
         Ok(plan)
+    }
+
+    /// The same plan for the same network under other names (those of `decoder`).
+    pub fn renamed(&self, decoder: &Decoder) -> Self {
+        let mut plan = self.clone();
+        for (block, sets) in plan.blocks.iter_mut().enumerate() {
+            let names = decoder.linear_sets(block).into_iter().flatten();
+            for (layer, name) in sets.iter_mut().flatten().zip(names) {
+                layer.name = name;
+            }
+        }
+        plan
     }
 
     /// All layers, in order.
@@ -136,10 +148,20 @@ pub(crate) fn patterns(texts: &[String]) -> Result<Vec<Pattern>> {
     texts.iter().map(|text| pattern(text)).collect()
 }
 
-fn check_shape(name: &Name, grid: &GridOptions, options: &QuantizeOptions) -> Result<()> {
-    let (out, width) = (name.out_features(), name.in_features());
-    // Ragged last groups exist only in ordinary weights, and AWQ's searches need whole groups.
-    let whole = options.format != Format::Dequantized || options.method == crate::Method::Awq;
+/// Refuses a grid that the format has no place for.
+pub(crate) fn check_shape(
+    name: &Name,
+    grid: &GridOptions,
+    options: &QuantizeOptions,
+) -> Result<()> {
+    if options.method == crate::Method::Pvq {
+        options.pvq.layer(name, grid.bits, options.grid.bits)?;
+        return Ok(());
+    }
+    let width = name.in_features();
+    // Formats of other tools and AWQ's searches need whole groups.
+    let ragged = matches!(options.format, Format::Dequantized | Format::Strata);
+    let whole = !ragged || options.method == crate::Method::Awq;
     if whole && grid.granularity == Granularity::Group {
         require_whole_groups(&name.module, width, effective_group(grid, width))?;
         if grid.group_size > width {
@@ -147,33 +169,37 @@ fn check_shape(name: &Name, grid: &GridOptions, options: &QuantizeOptions) -> Re
         }
     }
     let Some(layout) = options.format.layout() else { return Ok(()) };
-    let shape = QuantizedMatrix {
+    Ok(store::packed::check_packable(layout, &name.module, &stored_shape(name, grid))?)
+}
+
+/// What `name` becomes on a grid, without its codes: enough to know what it takes.
+pub(crate) fn stored_shape(name: &Name, grid: &GridOptions) -> QuantizedMatrix {
+    QuantizedMatrix {
         bits: grid.bits,
-        group_size: effective_group(grid, width),
-        out_features: out,
-        in_features: width,
+        group_size: effective_group(grid, name.in_features()),
+        out_features: name.out_features(),
+        in_features: name.in_features(),
         codes: Vec::new(),
         scales: Vec::new(),
         zeros: Vec::new(),
         symmetric: grid.symmetric,
         group_index: None,
-    };
-    Ok(store::packed::check_packable(layout, &name.module, &shape)?)
+    }
 }
 
 /// Bytes that quantising `name` saves.
-fn saved(checkpoint: &Checkpoint, name: &Name, grid: &GridOptions, format: Format) -> Result<u64> {
-    if format == Format::Dequantized {
-        return Ok(0);
-    }
+fn saved(
+    checkpoint: &Checkpoint,
+    name: &Name,
+    grid: &GridOptions,
+    options: &QuantizeOptions,
+) -> Result<u64> {
+    let Some(layout) = options.format.layout() else { return Ok(0) };
     let now = checkpoint.info(&name.weight())?.nbytes;
-    let (out, width) = (name.out_features() as f64, name.in_features() as f64);
-    let groups = (width / effective_group(grid, name.in_features()) as f64).ceil();
-    let zero_bits = if grid.symmetric && format == Format::CompressedTensors {
-        0.0
-    } else {
-        f64::from(grid.bits)
-    };
-    let bits = out * width * f64::from(grid.bits) + out * groups * (16.0 + zero_bits);
-    Ok(now.saturating_sub((bits / 8.0) as u64))
+    if options.method == crate::Method::Pvq {
+        let code = options.pvq.layer(name, grid.bits, options.grid.bits)?;
+        let weights = (name.out_features() * name.in_features()) as f64;
+        return Ok(now.saturating_sub((code.stored_bits_per_weight() * weights / 8.0) as u64));
+    }
+    Ok(now.saturating_sub(store::packed::stored_bytes(layout, &stored_shape(name, grid))))
 }

@@ -70,6 +70,10 @@ pub struct DomainComparison {
 impl PruneJob {
     /// Runs the job.
     pub fn run(&self) -> Result<Pruned> {
+        if self.options.method == PruneMethod::LayerAdaptivePruning {
+            // Any family, whole networks at once: a walk of its own.
+            return crate::layer_adaptive::run(self);
+        }
         let model = Model::open(&self.model)?;
         let plan = Plan::prune(&model.decoder, &model.checkpoint, &self.options)?;
         report::note(&present::prune::plan_line(&plan, &self.options));
@@ -136,11 +140,6 @@ impl PruneJob {
         let mut inputs = Value::Null;
         let mut scores = None;
         let mut scratch = None;
-        if options.method == PruneMethod::LayerAdaptivePruning {
-            return Err(Error::Recipe(
-                "layer-adaptive-pruning is not available in this build".into(),
-            ));
-        }
         if options.method == PruneMethod::DPruner {
             let domain = self.domain(model, domain)?;
             inputs = json!({

@@ -8,6 +8,7 @@
 //!
 //! Keys are those of the command line. A key that does not exist is refused with the nearest one.
 
+use crate::convert::{ConvertJob, ConvertOptions, Converted};
 use crate::measure::MeasureOptions;
 use crate::prune::{PruneJob, Pruned};
 use crate::quantize::{Finished, QuantizeJob};
@@ -37,6 +38,8 @@ pub enum Stage {
     Quantize(Box<QuantizeStage>),
     /// Set weights to zero; the next stage reads the result
     Prune(Box<PruneStage>),
+    /// Write another container; the next stage reads it
+    Convert(Box<ConvertStage>),
     /// Measure and print
     Evaluate(MeasureOptions),
 }
@@ -81,6 +84,19 @@ pub struct PruneStage {
     pub measure: MeasureOptions,
 }
 
+/// A conversion: the options of `strata convert`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(default)]
+pub struct ConvertStage {
+    /// Output: a directory, or for GGUF a file
+    pub out: PathBuf,
+    /// Replace an existing output
+    pub overwrite: bool,
+    /// Options
+    #[serde(flatten)]
+    pub options: ConvertOptions,
+}
+
 /// What a stage left behind.
 pub enum StageResult {
     /// A trained model.
@@ -89,6 +105,8 @@ pub enum StageResult {
     Quantized(Box<Finished>),
     /// A pruned model.
     Pruned(Box<Pruned>),
+    /// A converted model.
+    Converted(Converted),
     /// A measurement.
     Measured(Box<crate::measure::Measures>),
 }
@@ -167,6 +185,17 @@ impl Recipe {
                     let finished = job.run()?;
                     current = Some(finished.path.clone());
                     StageResult::Pruned(Box::new(finished))
+                }
+                Stage::Convert(stage) => {
+                    let job = ConvertJob {
+                        model: input()?,
+                        out: stage.out.clone(),
+                        options: stage.options.clone(),
+                        overwrite: stage.overwrite || resume,
+                    };
+                    let converted = job.run()?;
+                    current = Some(converted.path.clone());
+                    StageResult::Converted(converted)
                 }
                 Stage::Evaluate(options) => {
                     let model = nn::Model::open(&input()?)?;

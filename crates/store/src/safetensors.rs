@@ -276,7 +276,8 @@ pub fn header_bytes(
     Ok(bytes)
 }
 
-/// A small file in memory: name, type, shape and little-endian bytes of every tensor, in order.
+/// A small file in memory: name, type, shape and little-endian bytes of every tensor. Types of the
+/// largest alignment come first, so that every tensor is aligned; otherwise the order is kept.
 ///
 /// # Errors
 /// When the bytes of a tensor do not fit its type and shape, or the header is too long.
@@ -286,7 +287,9 @@ pub fn file_bytes<B: AsRef<[u8]>>(
 ) -> Result<Vec<u8>> {
     let mut header = Vec::with_capacity(tensors.len());
     let mut end = 0;
-    for (name, dtype, shape, bytes) in tensors {
+    let mut sorted: Vec<&(String, Dtype, Vec<usize>, B)> = tensors.iter().collect();
+    sorted.sort_by_key(|(_, dtype, _, _)| std::cmp::Reverse(dtype.alignment()));
+    for (name, dtype, shape, bytes) in &sorted {
         let start = end;
         end += bytes.as_ref().len();
         if dtype.bytes_for(shape.iter().product::<usize>() as u64) != Some((end - start) as u64) {
@@ -301,7 +304,7 @@ pub fn file_bytes<B: AsRef<[u8]>>(
         header.push(Tensor { name, dtype: *dtype, shape, start, end });
     }
     let mut out = header_bytes(file, &BTreeMap::new(), &header, 0)?;
-    tensors.iter().for_each(|(_, _, _, bytes)| out.extend_from_slice(bytes.as_ref()));
+    sorted.iter().for_each(|(_, _, _, bytes)| out.extend_from_slice(bytes.as_ref()));
     Ok(out)
 }
 

@@ -1,6 +1,7 @@
 //! The verbs, one file each.
 
 pub mod completions;
+pub mod convert;
 pub mod data;
 pub mod eval;
 pub mod generate;
@@ -23,6 +24,8 @@ pub enum Command {
     Quantize(Box<quantize::Args>),
     /// Set weights to zero and report what that cost
     Prune(Box<prune::Args>),
+    /// Write a checkpoint in another container: safetensors, GGUF, packed and sparse formats
+    Convert(Box<convert::Args>),
     /// Measure a model: perplexity, accuracy, facts, multiple choice
     Eval(eval::Args),
     /// Continue a text
@@ -47,6 +50,7 @@ pub fn run(command: Command) -> Result<()> {
         Command::Inspect(args) => inspect::run(&args),
         Command::Quantize(args) => quantize::run(*args),
         Command::Prune(args) => prune::run(*args),
+        Command::Convert(args) => convert::run(*args),
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Train(args) => train::run(&args),

@@ -3,13 +3,16 @@
 //! refuses. The mathematics of the methods is tested beside it, in the crate.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod adadim;
 mod awq;
 mod common;
 mod d_pruner;
 mod durable;
 mod families;
 mod gptq;
+mod layerwise;
 mod packed;
 mod prune;
 mod refuse;
+mod rsq;
 mod survive;

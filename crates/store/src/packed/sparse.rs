@@ -185,17 +185,9 @@ pub fn pack(
 /// The error is the group that has more.
 fn two_of_four(mut kept: Vec<bool>) -> std::result::Result<Vec<bool>, usize> {
     for (group, four) in kept.chunks_mut(4).enumerate() {
-        let mut count = four.iter().filter(|kept| **kept).count();
-        if count > 2 {
-            return Err(group);
-        }
-        for place in four.iter_mut().filter(|kept| !**kept) {
-            if count == 2 {
-                break;
-            }
-            *place = true;
-            count += 1;
-        }
+        let count = four.iter().filter(|kept| **kept).count();
+        let Some(missing) = 2usize.checked_sub(count) else { return Err(group) };
+        four.iter_mut().filter(|kept| !**kept).take(missing).for_each(|place| *place = true);
     }
     Ok(kept)
 }
