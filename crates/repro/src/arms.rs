@@ -189,7 +189,7 @@ pub fn windows(subject: &Subject, count: usize, seed: u64) -> Result<Calibration
     Ok(Calibration::new(windows.tokens, windows.length)?)
 }
 
-fn run(
+pub fn run(
     settings: &Settings,
     subject: &Subject,
     model: &Model,
