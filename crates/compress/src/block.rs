@@ -83,6 +83,34 @@ impl Calibration {
         Ok(Self { tokens, length, per_batch: (BATCH_TOKENS / length).max(1) })
     }
 
+    /// The first `count` windows, or all there are.
+    ///
+    /// # Errors
+    /// When that leaves none.
+    pub fn first(&self, count: usize) -> Result<Self> {
+        let tokens = count.min(self.windows()) * self.length;
+        Self::new(self.tokens.get(..tokens).unwrap_or_default().to_vec(), self.length)
+    }
+
+    /// Every window `times` times, each copy rolled on by an equal part of its length: what stood at
+    /// `t` stands at `t + length · m / times` in copy `m`, and the end comes round to the start.
+    ///
+    /// # Errors
+    /// When there are no whole windows.
+    pub fn expanded(&self, times: usize) -> Result<Self> {
+        let mut tokens = Vec::with_capacity(self.tokens.len() * times);
+        for copy in 0..times {
+            for window in self.tokens.chunks(self.length) {
+                let start = tokens.len();
+                tokens.extend_from_slice(window);
+                if let Some(window) = tokens.get_mut(start..) {
+                    window.rotate_right(self.length * copy / times);
+                }
+            }
+        }
+        Self::new(tokens, self.length)
+    }
+
     /// No calibration at all.
     pub fn none() -> Self {
         Self { tokens: Vec::new(), length: 2, per_batch: 1 }
@@ -271,7 +299,7 @@ impl BlockJob<'_> {
                 ),
             ));
         }
-        let mut values = nn::dequantize(&stored);
+        let mut values = nn::dequantize(&stored)?;
         let mut bits_per_weight = stored.bits_per_weight();
         if let Some(kept) = self.kept.get(&name.module) {
             let width = name.in_features();
@@ -290,6 +318,7 @@ impl BlockJob<'_> {
                     let values = transpose(&values, original.out_features, original.in_features);
                     histogram(&original.transposed(), m, &values)
                 }
+                Stored::Pyramid(_) => Vec::new(),
             },
             ..self.result(name, original, &values, bits_per_weight, sample, details)
         };

@@ -14,9 +14,6 @@ pub fn windows(
     tokenizer: impl FnOnce() -> Result<Tokenizer>,
     fallback: impl FnOnce() -> Result<text::Documents>,
 ) -> Result<Calibration> {
-    if !method.calibrates() {
-        return Ok(Calibration::none());
-    }
     if let Some(file) = &options.file
         && let Some(ids) = token_lists(file)?
     {

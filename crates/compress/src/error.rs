@@ -23,9 +23,15 @@ pub enum Error {
     /// A network error.
     #[error(transparent)]
     Network(#[from] nn::Error),
+    /// An error of the trainer's machinery.
+    #[error(transparent)]
+    Train(#[from] train::Error),
     /// A data error.
     #[error(transparent)]
     Data(#[from] data::Error),
+    /// An error of a measurement.
+    #[error(transparent)]
+    Evaluation(#[from] eval::Error),
     /// A file of the job's own working area.
     #[error("{path}: {source}")]
     Io {

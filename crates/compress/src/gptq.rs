@@ -9,9 +9,9 @@
 use crate::block::{BlockJob, INPUT_POINTS, INPUT_STAGES, REPORT_TOKENS};
 use crate::grid::{Grid, GridOptions, GroupGrid, Matrix, assemble, effective_group};
 use crate::rtn;
-use crate::statistics::{Statistics, Wanted};
+use crate::statistics::{Gram, Statistics, TokenSample, Wanted};
 use crate::{Error, Result};
-use nn::{Stage, Taps};
+use nn::{Name, Stage, Taps};
 use std::collections::BTreeMap;
 use store::packed::{QuantizedMatrix, Stored};
 
@@ -221,43 +221,66 @@ pub fn quantize_block(job: &mut BlockJob<'_>, options: &GptqOptions) -> Result<(
         let mut statistics = Statistics::new([(point, wanted)]);
         job.run_stage(stage, &mut Taps::one(&mut statistics))?;
         let collected = statistics.take(point).unwrap_or_default();
-        let first = &planned[0].0.module;
-        let Some(gram) = collected.gram else {
-            return Err(Error::layer(first, "no calibration token reached this layer"));
-        };
-        let (width, tokens) = (gram.width(), gram.tokens());
-        let hessian = gram.into_hessian();
-        let factor = match Factor::of_hessian(first, hessian, width, tokens, options) {
-            Ok(factor) => Some(factor),
-            Err(error) if options.on_failure == OnFailure::Rtn => {
-                job.warnings.push(format!("{error}; rounded to nearest instead"));
-                None
-            }
-            Err(error) => return Err(error),
-        };
-        for (name, grid_options) in planned {
-            let matrix = job.matrix(name)?;
-            let grid = job.grid(grid_options)?;
-            let mut details = BTreeMap::new();
-            let quantized = match &factor {
-                Some(factor) => {
-                    let result =
-                        quantize(&name.module, &matrix, factor, &grid, grid_options, options)?;
-                    details.insert("loss".into(), (result.loss / 2.0).into());
-                    details.insert("damping".into(), factor.damping().into());
-                    details.insert("dead_columns".into(), factor.dead_columns().into());
-                    result.matrix
-                }
-                None => {
-                    details.insert("fallback".into(), "rtn".into());
-                    rtn::quantize(&matrix, &grid, grid_options)
-                }
-            };
-            let sample = collected.sample.as_ref();
-            job.hand_in(name, &matrix, Stored::Grid(quantized), sample, details)?;
-        }
+        let sample = collected.sample.as_ref();
+        quantize_set(job, &planned, collected.gram, sample, options, &BTreeMap::new())?;
     }
     job.run_stage(Stage::Contract, &mut Taps::none())
+}
+
+/// Quantises linears that read the same input, whose Gram matrix is `gram`, and hands them in.
+/// `notes` go to the details of each.
+///
+/// # Errors
+/// A Hessian that cannot be factorised (unless rounding is the answer to that), naming the layer.
+pub fn quantize_set(
+    job: &mut BlockJob<'_>,
+    planned: &[(&Name, &GridOptions)],
+    gram: Option<Gram>,
+    sample: Option<&TokenSample>,
+    options: &GptqOptions,
+    notes: &BTreeMap<String, serde_json::Value>,
+) -> Result<()> {
+    let Some((first, _)) = planned.first() else { return Ok(()) };
+    let first = &first.module;
+    let Some(gram) = gram else {
+        return Err(Error::layer(first, "no calibration token reached this layer"));
+    };
+    let (width, tokens) = (gram.width(), gram.tokens());
+    if tokens < width {
+        job.warnings.push(format!(
+            "{first}: {tokens} calibration tokens for {width} inputs: the Hessian has at most rank \
+             {tokens} and lives on its damping; more or longer samples would help"
+        ));
+    }
+    let hessian = gram.into_hessian();
+    let factor = match Factor::of_hessian(first, hessian, width, tokens, options) {
+        Ok(factor) => Some(factor),
+        Err(error) if options.on_failure == OnFailure::Rtn => {
+            job.warnings.push(format!("{error}; rounded to nearest instead"));
+            None
+        }
+        Err(error) => return Err(error),
+    };
+    for &(name, grid_options) in planned {
+        let matrix = job.matrix(name)?;
+        let grid = job.grid(grid_options)?;
+        let mut details = notes.clone();
+        let quantized = match &factor {
+            Some(factor) => {
+                let result = quantize(&name.module, &matrix, factor, &grid, grid_options, options)?;
+                details.insert("loss".into(), (result.loss / 2.0).into());
+                details.insert("damping".into(), factor.damping().into());
+                details.insert("dead_columns".into(), factor.dead_columns().into());
+                result.matrix
+            }
+            None => {
+                details.insert("fallback".into(), "rtn".into());
+                rtn::quantize(&matrix, &grid, grid_options)
+            }
+        };
+        job.hand_in(name, &matrix, Stored::Grid(quantized), sample, details)?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -316,7 +316,27 @@ impl QuantizeOptions {
         match self.method {
             Method::Awq => self.awq.calibrates(),
             Method::Adadim => self.adadim.calibrates(),
+            Method::Rsq => self.rsq.calibrates(),
+            Method::Pvq => self.pvq.calibrates(),
             method => method.calibrates(),
+        }
+    }
+
+    /// Whether the job needs calibration text at all: for its method, or to decide widths.
+    pub fn needs_text(&self) -> bool {
+        self.calibrates() || self.layerwise.calibrates()
+    }
+
+    /// Whether any layer is put on a grid.
+    pub fn quantises(&self) -> bool {
+        !(self.method == Method::Rsq && self.rsq.rotate_only)
+    }
+
+    /// How finely layers are quantised, in words.
+    pub fn precision(&self) -> String {
+        match self.method {
+            Method::Pvq => self.pvq.precision(self.grid.bits),
+            _ => format!("{} bits", self.grid.bits),
         }
     }
 
@@ -326,7 +346,8 @@ impl QuantizeOptions {
             Method::Gptq => true,
             Method::Awq => self.awq.rounding == Rounding::Gptq,
             Method::Adadim => self.adadim.base == Base::Gptq,
-            Method::Rtn | Method::Rsq | Method::Pvq => false,
+            Method::Rsq => self.rsq.calibrates(),
+            Method::Rtn | Method::Pvq => false,
         }
     }
 
@@ -347,6 +368,12 @@ impl QuantizeOptions {
         if self.method == Method::Adadim {
             self.adadim.check(self)?;
         }
+        if self.method == Method::Rsq {
+            self.rsq.check(self)?;
+        }
+        if self.method == Method::Pvq {
+            self.pvq.check(self)?;
+        }
         if self.method == Method::Awq {
             self.awq.check()?;
             if self.awq.keep_channels.is_some() && self.format != Format::Dequantized {
@@ -357,7 +384,7 @@ impl QuantizeOptions {
                 ));
             }
         }
-        if self.calibrates() {
+        if self.needs_text() {
             if self.calibration.samples == 0 {
                 return Err(Error::Options(
                     "no calibration samples: give --samples 128, or use --method rtn".into(),
@@ -381,15 +408,14 @@ impl QuantizeOptions {
                     .into(),
             ));
         }
-        let own_grids =
-            matches!(self.format, Format::CompressedTensors | Format::Strata | Format::Dequantized);
-        if !own_grids && !self.overrides.is_empty() {
+        if self.format == Format::Awq && !self.overrides.is_empty() {
             return Err(Error::Options(
-                "per-layer overrides need --format compressed-tensors, strata or dequantized: the other \
-                 formats hold one grid for all layers"
+                "the awq format holds one grid for all layers: per-layer overrides need --format \
+                 compressed-tensors, gptq-v2, strata or dequantized"
                     .into(),
             ));
         }
+        self.layerwise.check(self)?;
         let reordered = self.rounds_by_gptq()
             && self.used_gptq().act_order
             && !self.used_gptq().static_groups

@@ -4,6 +4,8 @@ use crate::block::{BlockJob, LayerResult};
 use crate::grid::Granularity;
 use crate::options::{Method, QuantizeOptions};
 use crate::plan::Plan;
+use crate::pvq::Coherence;
+use crate::rsq::{RotationChoice, RsqOptions};
 use crate::runner::{Container, Job, Limits, Outcome, Source, Target, run_job};
 use crate::{Calibration, Error, Result};
 use nn::{Decoder, Model};
@@ -19,9 +21,32 @@ pub fn run(
     target: &Target<'_>,
     progress: &report::Progress,
 ) -> Result<Outcome> {
-    let source = Source::of(model)?;
     let mut job = Quantize::new(options, &model.decoder)?;
+    if options.method == Method::Rsq {
+        let rsq = (&options.rsq, &mut job as &mut dyn Job);
+        return crate::rsq::run(model, plan, rsq, calibration, target, progress);
+    }
+    if options.method == Method::Pvq && options.pvq.rotation == Coherence::Fused {
+        // The rotation alone, with pyramid codes where RSQ would round.
+        let fused = RsqOptions {
+            rotation: RotationChoice::Hadamard,
+            rotation_seed: options.pvq.rotation_seed,
+            expand: 1,
+            ..RsqOptions::default()
+        };
+        let rotation = (&fused, &mut job as &mut dyn Job);
+        return crate::rsq::run(model, plan, rotation, calibration, target, progress);
+    }
+    let source = Source::of(model)?;
     run_job(source, plan, &mut job, calibration, target, progress)
+}
+
+/// How the job writes what it quantises.
+pub(crate) fn container(options: &QuantizeOptions) -> Container {
+    match options.format.layout() {
+        Some(layout) if options.quantises() => Container::Packed(layout),
+        _ => Container::Dense,
+    }
 }
 
 struct Quantize<'a> {
@@ -49,7 +74,7 @@ impl Job for Quantize<'_> {
     }
 
     fn container(&self) -> Container {
-        self.options.format.layout().map_or(Container::Dense, Container::Packed)
+        container(self.options)
     }
 
     fn limits(&self) -> Limits {
@@ -72,10 +97,8 @@ impl Job for Quantize<'_> {
             Method::Gptq => crate::gptq::quantize_block(job, &options.gptq),
             Method::Awq => crate::awq::run_block(job, options, &self.awq),
             Method::Adadim => crate::adadim::quantize_block(job, options),
-            Method::Rsq | Method::Pvq => Err(Error::Options(format!(
-                "{} is not available in this build",
-                options.method.slug()
-            ))),
+            Method::Rsq => crate::rsq::quantize_block(job, options),
+            Method::Pvq => crate::pvq::quantize_block(job, options),
         }
     }
 
@@ -85,7 +108,7 @@ impl Job for Quantize<'_> {
         layers: &[LayerResult],
         modules: own::Modules,
     ) -> Result<Option<Value>> {
-        let Some(layout) = self.options.format.layout() else { return Ok(None) };
+        let Container::Packed(layout) = self.container() else { return Ok(None) };
         let quantised: Vec<String> = layers.iter().map(|l| l.module.clone()).collect();
         let mut ignored: Vec<String> = plan
             .layers()

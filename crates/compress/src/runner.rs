@@ -9,11 +9,12 @@
 use crate::activations::Activations;
 use crate::block::{BlockJob, Calibration, LayerResult};
 use crate::grid::ScaleType;
-use crate::plan::Plan;
+use crate::plan::{LayerPlan, Plan};
 use crate::{Error, Result};
-use nn::{Context, Decoder, Leaf, Model, Name, Overlay, Stored, Taps, Weights};
+use nn::{Context, Decoder, Leaf, Model, Name, Overlay, Role, Stored, Taps, Weights};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use store::packed::sparse::{self, SparseLayout};
 use store::packed::{Layout, own, pack};
 use store::{Checkpoint, Dtype, WriteOptions, Writer};
 use tensor::host;
@@ -25,6 +26,8 @@ pub enum Container {
     Dense,
     /// A packed layout.
     Packed(Layout),
+    /// Pruned layers in a sparse layout, the others dense.
+    Sparse(SparseLayout),
 }
 
 /// A job on the runner.
@@ -89,6 +92,8 @@ pub struct Source<'a> {
     pub config: &'a serde_json::Value,
     /// The weights are not those of the checkpoint: every tensor is written from `weights`.
     pub rewritten: bool,
+    /// The type in which tensors that stay dense are written, instead of their stored one.
+    pub dense: Option<Dtype>,
 }
 
 impl<'a> Source<'a> {
@@ -100,6 +105,7 @@ impl<'a> Source<'a> {
             checkpoint: &model.checkpoint,
             config: model.checkpoint.config()?,
             rewritten: false,
+            dense: None,
         })
     }
 }
@@ -113,6 +119,8 @@ pub struct Outcome {
     pub layers: Vec<LayerResult>,
     /// Things the user should know.
     pub warnings: Vec<String>,
+    /// What was done to the model as a whole, for the report.
+    pub notes: Vec<String>,
     /// Blocks that an earlier, interrupted run had already done.
     pub resumed_blocks: usize,
     /// Bytes of calibration activations that went to a temporary file, at most.
@@ -184,25 +192,15 @@ pub fn run_job(
     }
     let mut spilled_bytes = 0;
     for (index, sets) in plan.blocks.iter().enumerate().skip(resumed_blocks) {
-        let mut weights = Overlay::new(source.weights);
-        weights.load(source.decoder.names(index)?.all())?;
-        let mut block = BlockJob {
-            decoder: source.decoder,
+        let mut block = open_block(
+            source,
             index,
             sets,
-            weights,
             calibration,
-            scale_type: walk.scale_type(),
-            resid: &mut resid,
-            branch: &mut branch,
-            kept: BTreeMap::new(),
-            stored: BTreeMap::new(),
-            results: Vec::new(),
-            warnings: Vec::new(),
-            record: None,
-            files: Vec::new(),
-        };
-        block.check_finite()?;
+            walk.scale_type(),
+            &mut resid,
+            &mut branch,
+        )?;
         job.block(&mut block)?;
         for (file, bytes) in &block.files {
             writer.put_file(file, bytes)?;
@@ -244,7 +242,73 @@ pub fn run_job(
     drop((resid, branch));
     let path = writer.finish()?;
     progress.finish();
-    Ok(Outcome { path, layers, warnings, resumed_blocks, spilled_bytes })
+    Ok(Outcome { path, layers, warnings, notes: Vec::new(), resumed_blocks, spilled_bytes })
+}
+
+/// The working copy of block `index`, its weights checked.
+fn open_block<'a>(
+    source: Source<'a>,
+    index: usize,
+    sets: &'a [Vec<LayerPlan>],
+    calibration: &'a Calibration,
+    scale_type: ScaleType,
+    resid: &'a mut Activations,
+    branch: &'a mut Activations,
+) -> Result<BlockJob<'a>> {
+    let mut weights = Overlay::new(source.weights);
+    weights.load(source.decoder.names(index)?.all())?;
+    let block = BlockJob {
+        decoder: source.decoder,
+        index,
+        sets,
+        weights,
+        calibration,
+        scale_type,
+        resid,
+        branch,
+        kept: BTreeMap::new(),
+        stored: BTreeMap::new(),
+        results: Vec::new(),
+        warnings: Vec::new(),
+        record: None,
+        files: Vec::new(),
+    };
+    block.check_finite()?;
+    Ok(block)
+}
+
+/// Walks over the blocks as a job does, but writes no checkpoint: for passes that only look.
+///
+/// `done` blocks need not be visited again; the residual stream is kept in `scratch`, so that a
+/// later call with more of them done goes on where this one was stopped.
+pub(crate) fn walk(
+    source: Source<'_>,
+    plan: &Plan,
+    calibration: &Calibration,
+    memory: u64,
+    done: usize,
+    scratch: &Path,
+    mut visit: impl FnMut(&mut BlockJob<'_>) -> Result<()>,
+) -> Result<()> {
+    let walk = Walk { source, calibration, container: Container::Dense };
+    let batches = calibration.batches();
+    let mut resid = Activations::new(batches, memory / 2, scratch);
+    let mut branch = Activations::new(batches, memory / 2, scratch);
+    // A kill between a block's result and its boundary leaves the boundary before.
+    let first = (1..=done).rev().find(|&i| boundary_path(scratch, i).is_file()).unwrap_or(0);
+    walk.enter(first, scratch, &mut resid)?;
+    for (index, sets) in plan.blocks.iter().enumerate().skip(first) {
+        let scale = walk.scale_type();
+        let mut block =
+            open_block(source, index, sets, calibration, scale, &mut resid, &mut branch)?;
+        visit(&mut block)?;
+        block.warnings.iter().for_each(|warning| report::warn(warning));
+        if index + 1 < plan.blocks.len() {
+            save_boundary(scratch, index + 1, &resid)?;
+        }
+        remove_boundary(scratch, index);
+    }
+    Ok(())
 }
 
 /// What the journal keeps of a block.
@@ -290,6 +354,31 @@ pub(crate) fn refuse_quantized(checkpoint: &Checkpoint) -> Result<()> {
     Ok(())
 }
 
+/// Scales are stored in the model's own type where the format allows it.
+pub(crate) fn scale_type(checkpoint: &Checkpoint, container: Container) -> ScaleType {
+    let bfloat = checkpoint.infos().any(|info| info.dtype == Dtype::BF16);
+    match container {
+        Container::Packed(Layout::CompressedTensors | Layout::Strata) if bfloat => ScaleType::Bf16,
+        _ => ScaleType::F16,
+    }
+}
+
+/// Whether loaders of the format compute in half precision.
+fn half(container: Container) -> bool {
+    matches!(container, Container::Packed(Layout::AutoAwq | Layout::Gptq { .. }))
+}
+
+/// The type in which a tensor that stays dense is written.
+pub(crate) fn dense_type(container: Container, source: Dtype) -> Dtype {
+    match source {
+        _ if half(container) && source.is_float() => Dtype::F16,
+        Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64 => source,
+        _ if source.is_float() => Dtype::F16,
+        Dtype::Ggml(_) => Dtype::F16,
+        _ => source,
+    }
+}
+
 struct Walk<'a> {
     source: Source<'a>,
     calibration: &'a Calibration,
@@ -297,43 +386,27 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    /// Scales are stored in the model's own type where the format allows it.
     fn scale_type(&self) -> ScaleType {
-        let bfloat = self.source.checkpoint.infos().any(|info| info.dtype == Dtype::BF16);
-        match self.container {
-            Container::Packed(Layout::CompressedTensors | Layout::Strata) if bfloat => {
-                ScaleType::Bf16
-            }
-            _ => ScaleType::F16,
-        }
+        scale_type(self.source.checkpoint, self.container)
     }
 
-    /// Whether loaders of the format compute in half precision.
-    fn half(&self) -> bool {
-        matches!(self.container, Container::Packed(Layout::AutoAwq | Layout::Gptq { .. }))
-    }
-
-    /// The type in which a tensor that stays dense is written.
     fn dense_type(&self, source: Dtype) -> Dtype {
-        match source {
-            _ if self.half() && source.is_float() => Dtype::F16,
-            Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64 => source,
-            _ if source.is_float() => Dtype::F16,
-            Dtype::Ggml(_) => Dtype::F16,
-            _ => source,
+        match self.source.dense {
+            Some(own) if source.is_float() => own,
+            _ => dense_type(self.container, source),
         }
     }
 
     /// The type in which a tensor of the network is written; one that the checkpoint does not have
-    /// (a head that was tied) takes after the embedding.
+    /// (a head that was tied, a new name) takes after the checkpoint's largest tensor.
     fn type_of(&self, tensor: &str) -> Result<Dtype> {
         let checkpoint = self.source.checkpoint;
-        let like = if checkpoint.contains(tensor) {
-            tensor.to_string()
-        } else {
-            self.source.decoder.embed.weight()
-        };
-        Ok(self.dense_type(checkpoint.info(&like)?.dtype))
+        if checkpoint.contains(tensor) {
+            return Ok(self.dense_type(checkpoint.info(tensor)?.dtype));
+        }
+        let floats = checkpoint.infos().filter(|info| info.dtype.is_float());
+        let largest = floats.max_by_key(|info| info.shape.iter().product::<usize>());
+        Ok(self.dense_type(largest.map_or(Dtype::F32, |info| info.dtype)))
     }
 
     /// Writes everything outside the blocks, as it is but for its type.
@@ -370,13 +443,15 @@ impl Walk<'_> {
     /// Writes a module outside the blocks from the source's weights.
     fn write_rewritten(&self, writer: &mut Writer, name: &Name) -> Result<()> {
         let weight = name.weight();
-        if name.role == nn::Role::Head && self.source.decoder.config.tie_word_embeddings {
+        if name.role == Role::Head && self.source.decoder.config.tie_word_embeddings {
             return Ok(());
         }
         let weights = self.source.weights;
         if name.role.is_norm() {
             let values = host::into_vec(weights.vector(name, Leaf::Weight)?);
             self.add_dense(writer, &weight, &[values.len()], self.type_of(&weight)?, &values)?;
+        } else if matches!(name.role, Role::Embed | Role::Position | Role::Head) {
+            self.add_table(writer, name, self.type_of(&weight)?, weights)?;
         } else {
             self.add_matrix(writer, name, self.type_of(&weight)?, weights)?;
         }
@@ -391,6 +466,8 @@ impl Walk<'_> {
     /// Strata's own container holds of it.
     fn write_block(&self, writer: &mut Writer, job: &BlockJob<'_>) -> Result<own::Modules> {
         let mut modules = own::Modules::new();
+        let pruned =
+            |module: &str| job.results.iter().any(|r| r.module == module && r.sparsity.is_some());
         for name in self.source.decoder.names(job.index)?.all() {
             let weight = name.weight();
             match (job.stored.get(&name.module), self.container) {
@@ -399,6 +476,9 @@ impl Walk<'_> {
                         modules.insert(name.module.clone(), own::describe(stored));
                     }
                     self.add_packed(writer, name, stored, layout)?;
+                }
+                (_, Container::Sparse(layout)) if pruned(&name.module) => {
+                    self.add_sparse(writer, name, layout, job)?;
                 }
                 _ if name.role.is_norm() => {
                     let values = job.vector(name, Leaf::Weight)?;
@@ -458,6 +538,27 @@ impl Walk<'_> {
         Ok(())
     }
 
+    /// Writes a pruned matrix in a sparse layout, in the checkpoint's own type.
+    fn add_sparse(
+        &self,
+        writer: &mut Writer,
+        name: &Name,
+        layout: SparseLayout,
+        job: &BlockJob<'_>,
+    ) -> Result<()> {
+        let values = host::into_vec(job.weights.matrix(name)?);
+        let dtype = self.type_of(&name.weight())?;
+        let bytes = store::convert::from_f32(&values, dtype).ok_or_else(|| {
+            Error::layer(&name.module, format!("cannot be written as {}", dtype.name()))
+        })?;
+        for (tensor, dtype, shape, bytes) in
+            sparse::pack(layout, &name.module, dtype, name.shape, &bytes)?
+        {
+            writer.add(&tensor, dtype, &shape, &bytes)?;
+        }
+        Ok(())
+    }
+
     /// Writes a matrix the way the checkpoint stores it.
     fn add_matrix(
         &self,
@@ -480,6 +581,27 @@ impl Walk<'_> {
         self.add_dense(writer, &name.weight(), &[width, out], dtype, &transposed)
     }
 
+    /// Writes an embedding or a head, the largest tensors there are, some rows at a time: only its
+    /// stored bytes are ever held as a whole.
+    fn add_table(
+        &self,
+        writer: &mut Writer,
+        name: &Name,
+        dtype: Dtype,
+        weights: &dyn Weights,
+    ) -> Result<()> {
+        const VALUES: usize = 1 << 22;
+        let [rows, width] = name.shape;
+        let mut bytes = Vec::new();
+        for start in (0..rows).step_by((VALUES / width.max(1)).max(1)) {
+            let end = rows.min(start + (VALUES / width.max(1)).max(1));
+            let ids: Vec<u32> = (start..end).map(|row| row as u32).collect();
+            let values = host::into_vec(weights.embed(name, &ids)?);
+            bytes.extend(self.encode(&name.weight(), dtype, &values)?);
+        }
+        Ok(writer.add(&name.weight(), dtype, &[rows, width], &bytes)?)
+    }
+
     fn add_dense(
         &self,
         writer: &mut Writer,
@@ -488,6 +610,11 @@ impl Walk<'_> {
         dtype: Dtype,
         values: &[f32],
     ) -> Result<()> {
+        Ok(writer.add(name, dtype, shape, &self.encode(name, dtype, values)?)?)
+    }
+
+    /// `values` as bytes of `dtype`.
+    fn encode(&self, name: &str, dtype: Dtype, values: &[f32]) -> Result<Vec<u8>> {
         if let Some(at) = store::convert::overflows(values, dtype) {
             return Err(Error::layer(
                 name,
@@ -499,9 +626,8 @@ impl Walk<'_> {
                 ),
             ));
         }
-        let bytes = store::convert::from_f32(values, dtype)
-            .ok_or_else(|| Error::layer(name, format!("cannot be written as {}", dtype.name())))?;
-        Ok(writer.add(name, dtype, shape, &bytes)?)
+        store::convert::from_f32(values, dtype)
+            .ok_or_else(|| Error::layer(name, format!("cannot be written as {}", dtype.name())))
     }
 
     /// The residual stream entering block `index`: from the embedding, or from what an interrupted
@@ -536,9 +662,14 @@ impl Walk<'_> {
     ) -> Result<()> {
         let checkpoint = self.source.checkpoint;
         let mut config = self.source.config.clone();
+        if let Some(object) = config.as_object_mut().filter(|_| quantization.is_none()) {
+            // A sparse checkpoint has been read as a dense one.
+            object.shift_remove("quantization_config");
+            object.shift_remove("compression_config");
+        }
         if let (Some(json), Some(object)) = (quantization, config.as_object_mut()) {
             object.insert("quantization_config".into(), json.clone());
-            if self.half() {
+            if half(self.container) {
                 for key in ["torch_dtype", "dtype"] {
                     if key == "torch_dtype" || object.contains_key(key) {
                         object.insert(key.into(), "float16".into());
@@ -549,20 +680,7 @@ impl Walk<'_> {
                 writer.put_json("quantize_config.json", &json)?;
             }
         }
-        let own = [
-            "config.json",
-            "quantize_config.json",
-            "strata.json",
-            "report.html",
-            "report.json",
-            "losses.jsonl",
-        ];
-        let directory = checkpoint.directory();
-        if checkpoint.gguf_metadata().is_some() {
-            self.write_gguf_tokenizer(writer)?;
-        } else if directory.join("config.json").is_file() {
-            writer.carry(directory, &own)?;
-        }
+        carry(writer, checkpoint)?;
         writer.put_json("config.json", &config)?;
         let mut record = serde_json::json!({
             "strata": env!("CARGO_PKG_VERSION"),
@@ -586,20 +704,35 @@ impl Walk<'_> {
         writer.put_json("strata.json", &record)?;
         Ok(())
     }
+}
 
-    /// A GGUF file holds its tokenizer inside; other containers need it as files.
-    fn write_gguf_tokenizer(&self, writer: &mut Writer) -> Result<()> {
-        let tokenizer = data::Tokenizer::from_checkpoint(self.source.checkpoint)?;
-        let mut config = serde_json::Map::new();
-        config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
-        for (key, id) in [("bos_token", tokenizer.bos()), ("eos_token", tokenizer.eos())] {
-            if let Some(text) = id.and_then(|id| tokenizer.token_text(id)) {
-                config.insert(key.into(), text.into());
-            }
-        }
-        writer.put_file("tokenizer.json", tokenizer.to_json()?.as_bytes())?;
-        Ok(writer.put_json("tokenizer_config.json", &config.into())?)
+/// Copies what lies beside the weights (tokenizer, generation settings, licence, ...) except what a
+/// job writes itself: `config.json` and its own records.
+pub(crate) fn carry(writer: &mut Writer, checkpoint: &Checkpoint) -> Result<()> {
+    let own = [
+        "config.json",
+        "quantize_config.json",
+        "strata.json",
+        "report.html",
+        "report.json",
+        "losses.jsonl",
+    ];
+    let directory = checkpoint.directory();
+    if checkpoint.gguf_metadata().is_some() {
+        write_gguf_tokenizer(writer, checkpoint)?;
+    } else if directory.join("config.json").is_file() {
+        writer.carry(directory, &own)?;
     }
+    Ok(())
+}
+
+/// A GGUF file holds its tokenizer inside; other containers need it as files.
+fn write_gguf_tokenizer(writer: &mut Writer, checkpoint: &Checkpoint) -> Result<()> {
+    let tokenizer = data::Tokenizer::from_checkpoint(checkpoint)?;
+    for (name, text) in tokenizer.to_files()? {
+        writer.put_file(name, text.as_bytes())?;
+    }
+    Ok(())
 }
 
 fn boundary_path(scratch: &Path, index: usize) -> PathBuf {

@@ -30,6 +30,16 @@ impl Gram {
         self.tokens += tokens;
     }
 
+    /// Adds the rows of `x` (`[tokens, width]`), each multiplied by its entry of `roots`: `Σ r² x xᵀ`.
+    /// A row with root 1 counts exactly as in [`Gram::add`].
+    pub fn add_scaled(&mut self, x: &[f32], roots: &[f32]) {
+        let mut scaled = Vec::with_capacity(x.len());
+        for (row, &root) in x.chunks_exact(self.width).zip(roots) {
+            scaled.extend(row.iter().map(|&x| x * root));
+        }
+        self.add(&scaled);
+    }
+
     /// Width of the input.
     pub fn width(&self) -> usize {
         self.width
@@ -215,6 +225,48 @@ impl Tap for Statistics {
     }
 }
 
+/// A tap that adds up `Σ r² x xᵀ` at one point of a block over batches that come in order, `r` being
+/// every token's own factor (the root of its weight), and changes nothing.
+#[derive(Debug)]
+pub struct WeightedGram {
+    point: Point,
+    roots: std::sync::Arc<[f32]>,
+    seen: usize,
+    gram: Option<Gram>,
+}
+
+impl WeightedGram {
+    /// A tap at `point`; `roots` holds one factor per token of the calibration set.
+    pub fn new(point: Point, roots: std::sync::Arc<[f32]>) -> Self {
+        Self { point, roots, seen: 0, gram: None }
+    }
+
+    /// Adds the next rows of the input, `[tokens, width]`.
+    pub fn add(&mut self, x: &[f32], width: usize) {
+        let end = self.seen + x.len() / width.max(1);
+        let roots = self.roots.get(self.seen..end).unwrap_or_default();
+        self.gram.get_or_insert_with(|| Gram::new(width)).add_scaled(x, roots);
+        self.seen = end;
+    }
+
+    /// The sum, if any token was seen.
+    pub fn finish(self) -> Option<Gram> {
+        self.gram
+    }
+}
+
+impl Tap for WeightedGram {
+    fn wants(&self, site: Site) -> bool {
+        site.block.is_some() && site.point == self.point
+    }
+
+    fn at(&mut self, _site: Site, _batch: &Batch, x: Tensor<2>) -> nn::Result<Tensor<2>> {
+        let width = x.dims()[1];
+        tensor::host::read(&x, |x| self.add(x, width));
+        Ok(x)
+    }
+}
+
 /// `tr(D C Dᵀ)` for `difference` `D` (`[out, in]`) and symmetric `covariance` `C` (`[in, in]`):
 /// the squared output error, per token, of changing a weight by `D`.
 pub fn quadratic_error(difference: &[f32], covariance: &[f32], width: usize) -> f64 {
@@ -267,6 +319,32 @@ mod tests {
         let mut all = TokenSample::new(1, 3, 512);
         all.add(&[0.0, 1.0, 2.0]);
         assert_eq!(all.rows().len(), 3);
+    }
+
+    /// Duplicating a token's row k times is weight k, weight 1 changes no bit, weight 0 drops it.
+    #[test]
+    fn weights_count_tokens() {
+        let x = [1.0f32, 2.0, -3.0, 0.5, 4.0, 1.0];
+        let gram = |x: &[f32]| {
+            let mut gram = Gram::new(2);
+            gram.add(x);
+            gram.full()
+        };
+        let scaled = |roots: &[f32]| {
+            let mut gram = Gram::new(2);
+            gram.add_scaled(&x, roots);
+            gram.full()
+        };
+        assert_eq!(scaled(&[1.0; 3]), gram(&x));
+        assert_eq!(scaled(&[1.0, 0.0, 1.0]), gram(&[1.0, 2.0, 4.0, 1.0]));
+        // Four times the second token: a root of 2 is exact.
+        let four = [1.0f32, 2.0, -3.0, 0.5, -3.0, 0.5, -3.0, 0.5, -3.0, 0.5, 4.0, 1.0];
+        assert_eq!(scaled(&[1.0, 2.0, 1.0]), gram(&four));
+        // In two batches through the tap.
+        let mut tap = WeightedGram::new(Point::AttnIn, [1.0, 2.0, 1.0].into());
+        tap.add(&x[..2], 2);
+        tap.add(&x[2..], 2);
+        assert_eq!(tap.finish().map(|g| (g.full(), g.tokens())), Some((gram(&four), 3)));
     }
 
     #[test]

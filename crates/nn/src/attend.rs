@@ -18,22 +18,58 @@ impl Decoder {
         let batch = ctx.batch;
         let site = |point| Site::block(i, point);
         let [q, k, v] = self.project_qkv(i, w, x)?;
-        let mut q = taps.at(site(Point::Q), &batch, q)?;
-        let mut k = taps.at(site(Point::K), &batch, k)?;
+        let q = taps.at(site(Point::Q), &batch, q)?;
+        let k = taps.at(site(Point::K), &batch, k)?;
         let v = taps.at(site(Point::V), &batch, v)?;
-        if let Some([query_norm, key_norm]) = &self.names(i)?.qk_norm {
-            q = self.head_norm(query_norm, w, q)?;
-            k = self.head_norm(key_norm, w, k)?;
-        }
+        let [mut q, mut k] = self.place_heads(i, w, [q, k], ctx)?;
         if let Positions::Rotary { .. } = self.config.positions {
-            let table = self.rope_table(ctx.start + batch.length)?;
-            q = ops::rope(q, &table, &ctx.positions, self.config.head_dim);
-            k = ops::rope(k, &table, &ctx.positions, self.config.head_dim);
             q = taps.at(site(Point::RotQ), &batch, q)?;
             k = taps.at(site(Point::RotK), &batch, k)?;
         }
         let z = self.mix(i, q, k, v, ctx, taps)?;
         taps.at(site(Point::Z), &batch, z)
+    }
+
+    /// Norms and rotation of query and key heads.
+    fn place_heads(
+        &self,
+        i: usize,
+        w: &dyn Weights,
+        [mut q, mut k]: [Tensor<2>; 2],
+        ctx: &Context<'_>,
+    ) -> Result<[Tensor<2>; 2]> {
+        if let Some([query_norm, key_norm]) = &self.names(i)?.qk_norm {
+            q = self.head_norm(query_norm, w, q)?;
+            k = self.head_norm(key_norm, w, k)?;
+        }
+        if let Positions::Rotary { .. } = self.config.positions {
+            let table = self.rope_table(ctx.start + ctx.batch.length)?;
+            q = ops::rope(q, &table, &ctx.positions, self.config.head_dim);
+            k = ops::rope(k, &table, &ctx.positions, self.config.head_dim);
+        }
+        Ok([q, k])
+    }
+
+    /// Queries and keys of block `i` as they meet in the scores (after norms and rotation), from
+    /// the input of q, k, v.
+    ///
+    /// # Errors
+    /// From the weights, or more positions than the network has.
+    pub fn queries_and_keys(
+        &self,
+        i: usize,
+        w: &dyn Weights,
+        x: Tensor<2>,
+        ctx: &Context<'_>,
+    ) -> Result<[Tensor<2>; 2]> {
+        let heads = match (self.config.qkv, self.names(i)?.qkv.as_slice()) {
+            (Qkv::Separate, [query, key, _]) => [w.linear(query, x.clone())?, w.linear(key, x)?],
+            _ => {
+                let [q, k, _] = self.project_qkv(i, w, x)?;
+                [q, k]
+            }
+        };
+        self.place_heads(i, w, heads, ctx)
     }
 
     fn head_norm(&self, name: &crate::Name, w: &dyn Weights, x: Tensor<2>) -> Result<Tensor<2>> {

@@ -3,7 +3,7 @@
 use store::Checkpoint;
 use store::packed::parse_config;
 
-use crate::{Decoder, Error, Leaf, Result};
+use crate::{Decoder, Error, Leaf, Name, Result};
 
 impl Decoder {
     /// Checks that every tensor the network reads is in the checkpoint, with the shape the config
@@ -22,18 +22,25 @@ impl Decoder {
             if packed && !checkpoint.contains(&weight) && is_packed(checkpoint, &name.module) {
                 continue;
             }
-            expect(checkpoint, &weight, &name.stored_shape())?;
-            if let Some(bias) = name.bias_name() {
-                expect(checkpoint, &bias, &[name.shape[0]])?;
-            }
+            check_module(checkpoint, name)?;
         }
         Ok(())
     }
 }
 
-/// Whether one of the known integer layouts stores `module`.
+/// Checks that the tensors of `name` are in the checkpoint with their shapes.
+pub(crate) fn check_module(checkpoint: &Checkpoint, name: &Name) -> Result<()> {
+    for leaf in name.leaves() {
+        expect(checkpoint, &name.tensor(leaf), &name.leaf_shape(leaf))?;
+    }
+    Ok(())
+}
+
+/// Whether one of the known packed layouts stores `module`.
 pub(crate) fn is_packed(checkpoint: &Checkpoint, module: &str) -> bool {
-    ["weight_packed", "qweight"].iter().any(|leaf| checkpoint.contains(&format!("{module}.{leaf}")))
+    ["weight_packed", "qweight", "pvq_index"]
+        .iter()
+        .any(|leaf| checkpoint.contains(&format!("{module}.{leaf}")))
 }
 
 fn expect(checkpoint: &Checkpoint, tensor: &str, shape: &[usize]) -> Result<()> {

@@ -42,6 +42,28 @@ pub trait Weights {
     fn device(&self) -> Device;
 }
 
+impl<W: Weights + ?Sized> Weights for &W {
+    fn linear(&self, name: &Name, x: Tensor<2>) -> Result<Tensor<2>> {
+        (**self).linear(name, x)
+    }
+
+    fn matrix(&self, name: &Name) -> Result<Tensor<2>> {
+        (**self).matrix(name)
+    }
+
+    fn vector(&self, name: &Name, leaf: Leaf) -> Result<Tensor<1>> {
+        (**self).vector(name, leaf)
+    }
+
+    fn embed(&self, name: &Name, ids: &[u32]) -> Result<Tensor<2>> {
+        (**self).embed(name, ids)
+    }
+
+    fn device(&self) -> Device {
+        (**self).device()
+    }
+}
+
 /// Refuses an `x` that the linear layer `name` cannot take.
 ///
 /// # Errors

@@ -1,5 +1,8 @@
 //! What a finished job looks like: the report of a quantisation.
 
+pub mod layer_adaptive;
+pub mod prune;
+
 use crate::quantize::{Comparison, QuantizeJob};
 use compress::block::HISTOGRAM_BINS;
 use compress::{LayerResult, Outcome, Plan, QuantizeOptions};
@@ -9,11 +12,15 @@ use report::{Block, Cell, Chart, ChartKind, Column, Report, Section, Table, huma
 pub fn plan_line(plan: &Plan, options: &QuantizeOptions) -> String {
     let layers = plan.layers().filter(|l| l.grid.is_some()).count();
     let kept = plan.layers().count() - layers;
+    if !options.quantises() {
+        let (method, blocks) = (options.method.slug(), plan.blocks.len());
+        return format!("plan: {method} on {blocks} blocks, nothing is quantised");
+    }
     format!(
-        "plan: {} on {layers} layers in {} blocks, {} bits{}; {} → about {}",
+        "plan: {} on {layers} layers in {} blocks, {}{}; {} → about {}",
         options.method.slug(),
         plan.blocks.len(),
-        options.grid.bits,
+        options.precision(),
         if kept > 0 { format!(", {kept} layers left as they are") } else { String::new() },
         human::bytes(plan.bytes_before),
         human::bytes(plan.bytes_after),
@@ -31,12 +38,12 @@ pub fn quantize(
 ) -> Report {
     let options = &job.options;
     let name = job.model.file_name().map(|n| n.to_string_lossy().into_owned());
-    let title = format!(
-        "{} at {} bits: {}",
-        options.method.slug().to_uppercase(),
-        options.grid.bits,
-        name.unwrap_or_else(|| job.model.display().to_string())
-    );
+    let name = name.unwrap_or_else(|| job.model.display().to_string());
+    let method = options.method.slug().to_uppercase();
+    let title = match options.quantises() {
+        true => format!("{method} at {}: {name}", options.precision()),
+        false => format!("{method}, nothing quantised: {name}"),
+    };
     let group = match options.grid.group_size {
         0 => "whole rows".to_string(),
         g => format!("groups of {g}"),
@@ -44,7 +51,14 @@ pub fn quantize(
     let format = serde_json::to_value(options.format).unwrap_or_default();
     let format = format.as_str().unwrap_or_default().to_string();
     let kind = if options.grid.symmetric { "symmetric" } else { "asymmetric" };
-    let mut report = Report::new(title, format!("{kind} grid, {group}, {format} format"));
+    let subtitle = match options.quantises() {
+        true if options.method == compress::Method::Pvq => {
+            format!("directions and lengths of groups of {}, {format} format", options.pvq.group)
+        }
+        true => format!("{kind} grid, {group}, {format} format"),
+        false => "ordinary weights in f32".to_string(),
+    };
+    let mut report = Report::new(title, subtitle);
     report.fact("size", format!("{} → {}", human::bytes(bytes.0), human::bytes(bytes.1)));
     report.fact("smaller by", format!("{:.2} x", bytes.0 as f64 / bytes.1.max(1) as f64));
     if let Some(m) = measures {
@@ -54,8 +68,10 @@ pub fn quantize(
         );
         report.fact("same next token", human::percent(m.distance.agreement));
     }
-    let bits = mean_bits(&outcome.layers);
-    report.fact("bits per weight", format!("{bits:.3} in {} layers", outcome.layers.len()));
+    if !outcome.layers.is_empty() {
+        let bits = mean_bits(&outcome.layers);
+        report.fact("bits per weight", format!("{bits:.3} in {} layers", outcome.layers.len()));
+    }
     report.fact("time", human::seconds(seconds));
 
     let section = report.section("Before and after");
@@ -67,17 +83,24 @@ pub fn quantize(
         ));
         section.push(m.distance.table());
     }
+    for note in &outcome.notes {
+        section.text(note);
+    }
     for warning in &outcome.warnings {
         section.text(format!("Warning: {warning}"));
     }
-    layer_charts(report.section("Error by layer"), &outcome.layers, decoder.num_blocks());
+    if !outcome.layers.is_empty() {
+        layer_charts(report.section("Error by layer"), &outcome.layers, decoder.num_blocks());
+    }
     if let Some(worst) = worst(&outcome.layers) {
         worst_layer(report.section("The worst layer"), worst);
     }
     if outcome.layers.iter().any(|l| l.details.contains_key("dim")) {
         directions(report.section("Direction of groups"), &outcome.layers);
     }
-    report.section("Layers").push(layer_table(&outcome.layers));
+    if !outcome.layers.is_empty() {
+        report.section("Layers").push(layer_table(&outcome.layers));
+    }
     let section = report.section("How it was made");
     section.code(serde_json::to_string_pretty(options).unwrap_or_default());
     section.text(
@@ -186,6 +209,10 @@ fn layer_charts(section: &mut Section, layers: &[LayerResult], blocks: usize) {
 }
 
 fn worst_layer(section: &mut Section, layer: &LayerResult) {
+    if layer.histogram.is_empty() {
+        section.text(format!("{}: relative error {:.3e}.", layer.module, error(layer)));
+        return;
+    }
     section.text(format!(
         "{}: relative error {:.3e}. How far its weights moved, in steps of their grid; plain \
          rounding stays within half a step.",
@@ -292,6 +319,11 @@ fn layer_table(layers: &[LayerResult]) -> Block {
     if damping {
         columns.push(Column::right("damping"));
     }
+    let weighed = layers.iter().any(|l| l.details.contains_key("effective_tokens"));
+    if weighed {
+        columns.push(Column::right("effective tokens"));
+        columns.push(Column::right("token weights"));
+    }
     let mut table = Table::new("", columns);
     for layer in layers {
         let number = |key: &str, digits| match layer.details.get(key).and_then(|v| v.as_f64()) {
@@ -313,6 +345,14 @@ fn layer_table(layers: &[LayerResult]) -> Block {
         }
         if damping {
             row.push(number("damping", 5));
+        }
+        if weighed {
+            let of = |key: &str| layer.details.get(key).and_then(|v| v.as_f64());
+            row.push(number("effective_tokens", 0));
+            row.push(match (of("token_weight_min"), of("token_weight_max")) {
+                (Some(low), Some(high)) => Cell::text(format!("{low:.4} to {high:.2}")),
+                _ => Cell::Empty,
+            });
         }
         table.push(row);
     }

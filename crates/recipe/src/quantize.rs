@@ -3,8 +3,9 @@
 //! Plan, measure, stream, measure again, report. The mathematics is in `compress`.
 
 use crate::measure::{MeasureOptions, Measurement, Measures};
-use crate::{Error, Result, present};
-use compress::{Outcome, Plan, QuantizeOptions, Target};
+use crate::{Error, Result, present, widths};
+use compress::layerwise_quant::{self, Settings};
+use compress::{Calibration, Outcome, Plan, QuantizeOptions, Target};
 use data::Tokenizer;
 use data::almanac::{Almanac, Split};
 use nn::Model;
@@ -41,6 +42,8 @@ pub struct Finished {
     pub bytes: (u64, u64),
     /// Seconds spent quantising.
     pub seconds: f64,
+    /// The widths of its layers, where they are not all the same.
+    pub schedule: Option<layerwise_quant::Schedule>,
     /// The report that lies in the output directory.
     pub report: report::Report,
 }
@@ -63,14 +66,27 @@ impl QuantizeJob {
     pub fn run(&self) -> Result<Finished> {
         let model = Model::open(&self.model)?;
         let plan = Plan::new(&model.decoder, &model.checkpoint, &self.options)?;
-        report::note(&present::plan_line(&plan, &self.options));
         let started = Instant::now();
-        let outcome = match self.stream(&model, &plan) {
+        let calibration = self.calibration(&model)?;
+        let resolved = self.resolve(&model, &calibration)?;
+        let (plan, options) = match &resolved {
+            Some(r) => (Plan::new(&model.decoder, &model.checkpoint, &r.options)?, &r.options),
+            None => (plan, &self.options),
+        };
+        report::note(&present::plan_line(&plan, options));
+        if let Some(r) = &resolved {
+            let schedule = &r.schedule;
+            report::note(&format!(
+                "bits per weight by {}: {:.3} in codes, {:.3} with scales and zero points",
+                schedule.by, schedule.average_bits, schedule.effective_bits_per_weight
+            ));
+        }
+        let outcome = match self.stream(&model, &plan, options, &calibration) {
             Ok(outcome) => outcome,
             // A resumed job whose output stands already only lacks its report.
             Err(Error::Compress(compress::Error::Store(store::Error::Complete { path }))) => {
                 report::note(&format!("{} is already complete", path.display()));
-                self.finished_outcome(path)?
+                finished_outcome(path)?
             }
             Err(error) => return Err(error),
         };
@@ -79,8 +95,22 @@ impl QuantizeJob {
         let bytes = (model.checkpoint.total_bytes(), quantised.checkpoint.total_bytes());
         let measures =
             if self.measure.skip { None } else { Some(self.measure(&model, &quantised)?) };
-        let report =
+        let mut report =
             present::quantize(self, &outcome, measures.as_ref(), bytes, seconds, &model.decoder);
+        if let Some(r) = &resolved {
+            let curve = match self.options.layerwise.curve {
+                0 => Vec::new(),
+                _ => widths::curve(self, &model, r, &calibration)?,
+            };
+            let measured = widths::divergence(self, &r.schedule, &model, &quantised, &calibration)?;
+            widths::describe(&mut report, self, &r.schedule, measured, &curve);
+            let mut json = r.schedule.json();
+            if let Some(object) = json.as_object_mut().filter(|_| !curve.is_empty()) {
+                object.insert("curve".into(), serde_json::to_value(&curve).unwrap_or_default());
+            }
+            let bytes = serde_json::to_vec_pretty(&json).unwrap_or_default();
+            store::write_atomic(&outcome.path.join(layerwise_quant::FILE), &bytes)?;
+        }
         let html = outcome.path.join("report.html");
         store::write_atomic(&html, report.html().as_bytes())?;
         let json = serde_json::to_vec_pretty(&report.json()).unwrap_or_default();
@@ -91,12 +121,34 @@ impl QuantizeJob {
             measures,
             bytes,
             seconds,
+            schedule: resolved.map(|r| r.schedule),
             report,
         })
     }
 
-    fn stream(&self, model: &Model, plan: &Plan) -> Result<Outcome> {
-        let calibration = self.calibration(model)?;
+    /// Decides the widths of layers, where they are not all the same.
+    fn resolve(
+        &self,
+        model: &Model,
+        calibration: &Calibration,
+    ) -> Result<Option<layerwise_quant::Resolved>> {
+        let mut scratch = self.out.clone().into_os_string();
+        scratch.push(".activations");
+        let scratch = PathBuf::from(scratch);
+        let options = &self.options;
+        Ok(layerwise_quant::resolve(&Settings { model, options, calibration, scratch: &scratch })?)
+    }
+
+    fn stream(
+        &self,
+        model: &Model,
+        plan: &Plan,
+        options: &QuantizeOptions,
+        calibration: &Calibration,
+    ) -> Result<Outcome> {
+        // Text that only the schedule looked at decides nothing more.
+        let none = Calibration::none();
+        let calibration = if options.calibrates() { calibration } else { &none };
         let progress = report::Progress::new(
             &format!("quantize ({})", self.options.method.slug()),
             plan.blocks.len() as u64,
@@ -106,9 +158,9 @@ impl QuantizeJob {
             out: &self.out,
             resume: self.resume,
             overwrite: self.overwrite,
-            provenance: self.provenance(model)?,
+            provenance: provenance(model)?,
         };
-        let outcome = compress::run(model, plan, &self.options, &calibration, &target, &progress)?;
+        let outcome = compress::run(model, plan, options, calibration, &target, &progress)?;
         if outcome.resumed_blocks > 0 {
             report::note(&format!(
                 "resumed: {} of {} blocks were done already",
@@ -120,59 +172,16 @@ impl QuantizeJob {
     }
 
     /// The calibration windows, if the job looks at activations.
-    fn calibration(&self, model: &Model) -> Result<compress::Calibration> {
-        if !self.options.calibrates() {
-            return Ok(compress::Calibration::none());
+    fn calibration(&self, model: &Model) -> Result<Calibration> {
+        if !self.options.needs_text() {
+            return Ok(Calibration::none());
         }
         Ok(compress::calibration::windows(
             &self.options.calibration,
             self.options.method,
             || Ok(Tokenizer::from_checkpoint(&model.checkpoint)?),
-            || {
-                let known = crate::measure::almanac_of(model.checkpoint.directory());
-                if known.is_none() {
-                    report::warn(
-                        "no --calibration file: using the embedded almanac, which is not the \
-                         text this model was trained on",
-                    );
-                }
-                Ok(known.unwrap_or_else(Almanac::embedded).documents(Split::Validation))
-            },
+            || Ok(general_text(model)),
         )?)
-    }
-
-    /// Where the input comes from: its name, the hashes of its small files, size and name of its
-    /// weight files (hashing many gigabytes would double the reading), and its own record.
-    fn provenance(&self, model: &Model) -> Result<serde_json::Value> {
-        let directory = model.checkpoint.directory();
-        let mut files = serde_json::Map::new();
-        for path in model.checkpoint.files() {
-            let name = path.file_name().map(|n| n.to_string_lossy().into_owned());
-            let size = std::fs::metadata(path).map(|m| m.len()).unwrap_or(0);
-            files.insert(name.unwrap_or_default(), serde_json::json!({"bytes": size}));
-        }
-        for name in ["config.json", "tokenizer.json", "tokenizer.model"] {
-            let path = directory.join(name);
-            if path.is_file() {
-                let hash = store::sha256_file(&path)?;
-                files.insert(name.into(), serde_json::json!({"sha256": hash}));
-            }
-        }
-        let own = std::fs::read(directory.join("strata.json"))
-            .ok()
-            .and_then(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).ok());
-        // Per-layer results of an earlier job belong to that job's output.
-        let own = own.map(|mut value| {
-            if let Some(object) = value.as_object_mut() {
-                object.remove("layers");
-            }
-            value
-        });
-        Ok(serde_json::json!({
-            "model": directory.file_name().map(|n| n.to_string_lossy().into_owned()),
-            "files": files,
-            "made_by": own,
-        }))
     }
 
     fn measure(&self, before: &Model, after: &Model) -> Result<Comparison> {
@@ -184,12 +193,71 @@ impl QuantizeJob {
             text: measurement.source.clone(),
         })
     }
+}
 
-    /// The outcome of a job that had finished before, from its own record.
-    fn finished_outcome(&self, path: PathBuf) -> Result<Outcome> {
-        let layers = read_layers(&path)?;
-        Ok(Outcome { path, layers, warnings: Vec::new(), resumed_blocks: 0, spilled_bytes: 0 })
+/// Where the input comes from: its name, the hashes of its small files, size and name of its
+/// weight files (hashing many gigabytes would double the reading), and its own record.
+pub(crate) fn provenance(model: &Model) -> Result<serde_json::Value> {
+    provenance_of(&model.checkpoint)
+}
+
+/// As [`provenance`], of a checkpoint of any family.
+pub(crate) fn provenance_of(checkpoint: &store::Checkpoint) -> Result<serde_json::Value> {
+    let directory = checkpoint.directory();
+    let mut files = serde_json::Map::new();
+    for path in checkpoint.files() {
+        let name = path.file_name().map(|n| n.to_string_lossy().into_owned());
+        let size = std::fs::metadata(path).map(|m| m.len()).unwrap_or(0);
+        files.insert(name.unwrap_or_default(), serde_json::json!({"bytes": size}));
     }
+    for name in ["config.json", "tokenizer.json", "tokenizer.model"] {
+        let path = directory.join(name);
+        if path.is_file() {
+            let hash = store::sha256_file(&path)?;
+            files.insert(name.into(), serde_json::json!({"sha256": hash}));
+        }
+    }
+    let own = std::fs::read(directory.join("strata.json"))
+        .ok()
+        .and_then(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).ok());
+    // Per-layer results of an earlier job belong to that job's output.
+    let own = own.map(|mut value| {
+        if let Some(object) = value.as_object_mut() {
+            object.remove("layers");
+        }
+        value
+    });
+    Ok(serde_json::json!({
+        "model": directory.file_name().map(|n| n.to_string_lossy().into_owned()),
+        "files": files,
+        "made_by": own,
+    }))
+}
+
+/// The text that calibration draws from when none is given: the validation part of the almanac that
+/// the model was trained on, or of the embedded one.
+pub(crate) fn general_text(model: &Model) -> data::text::Documents {
+    let known = crate::measure::almanac_of(model.checkpoint.directory());
+    if known.is_none() {
+        report::warn(
+            "no --calibration file: using the embedded almanac, which is not the text this model \
+             was trained on",
+        );
+    }
+    known.unwrap_or_else(Almanac::embedded).documents(Split::Validation)
+}
+
+/// The outcome of a job that had finished before, from its own record.
+pub(crate) fn finished_outcome(path: PathBuf) -> Result<Outcome> {
+    let layers = read_layers(&path)?;
+    Ok(Outcome {
+        path,
+        layers,
+        warnings: Vec::new(),
+        notes: Vec::new(),
+        resumed_blocks: 0,
+        spilled_bytes: 0,
+    })
 }
 
 fn read_layers(path: &Path) -> Result<Vec<compress::LayerResult>> {

@@ -178,7 +178,7 @@ pub fn measure(
 }
 
 /// Calibration windows: 32 random ones of 128 tokens (16 when fast).
-fn calibration(settings: &Settings, subject: &Subject, seed: u64) -> Result<Calibration> {
+pub fn calibration(settings: &Settings, subject: &Subject, seed: u64) -> Result<Calibration> {
     windows(subject, if settings.fast { 16 } else { 32 }, seed)
 }
 

@@ -21,13 +21,16 @@ pub mod bandwidth;
 mod device;
 pub mod error;
 pub mod gram;
+pub mod hadamard;
 pub mod host;
 pub mod kernels;
 pub mod linalg;
 pub mod lowbit;
 pub mod memory;
 pub mod ops;
+pub mod pyramid;
 pub mod rng;
+pub mod rotation;
 pub mod skinny;
 
 pub use bandwidth::copy_bandwidth;

@@ -280,6 +280,38 @@ fn attention() {
     }
 }
 
+/// The column sums of the pattern, blocks of queries against the whole pattern; every row of a
+/// pattern sums to 1.
+#[test]
+fn attention_received_is_the_column_sum() {
+    let base = spec(2, 7, 7, [3, 1, 5]);
+    let specs = [
+        base.clone(),
+        AttentionSpec { window: Some(3), ..base.clone() },
+        AttentionSpec { softcap: Some(1.5), causal: false, ..base },
+        AttentionSpec { window: Some(70), softcap: Some(2.0), ..spec(2, 200, 210, [4, 2, 8]) },
+        spec(3, 150, 150, [2, 2, 3]),
+    ];
+    for spec in specs {
+        let [q, k, _] = attention_inputs(&spec)
+            .map(|input| host::from_vec(input.values, input.shape, &device("cpu").unwrap()));
+        let received = ops::attention_received(&q, &k, &spec);
+        let pattern = ops::attention_pattern(ops::attention_scores(q, k, &spec));
+        let pattern = host::into_vec(pattern);
+        let per_sequence = spec.heads * spec.queries;
+        for (sequence, sums) in received.chunks(spec.keys).enumerate() {
+            let rows = &pattern[sequence * per_sequence * spec.keys..][..per_sequence * spec.keys];
+            for (key, &sum) in sums.iter().enumerate() {
+                let wanted: f64 =
+                    rows.iter().skip(key).step_by(spec.keys).map(|&p| f64::from(p)).sum();
+                assert!((sum - wanted).abs() < 1e-4, "{spec:?} {sequence} {key}: {sum} {wanted}");
+            }
+            let total: f64 = sums.iter().sum();
+            assert!((total - per_sequence as f64).abs() < 1e-3, "{total}");
+        }
+    }
+}
+
 #[test]
 fn attention_by_differences() {
     let spec = AttentionSpec { window: Some(3), softcap: Some(2.0), ..spec(1, 7, 7, [3, 1, 5]) };

@@ -1,11 +1,13 @@
 //! The verbs, one file each.
 
 pub mod completions;
+pub mod convert;
 pub mod data;
 pub mod eval;
 pub mod generate;
 pub mod inspect;
 pub mod methods;
+pub mod prune;
 pub mod quantize;
 pub mod repro;
 pub mod run;
@@ -20,6 +22,10 @@ pub enum Command {
     Inspect(inspect::Args),
     /// Make a checkpoint smaller and report what that cost
     Quantize(Box<quantize::Args>),
+    /// Set weights to zero and report what that cost
+    Prune(Box<prune::Args>),
+    /// Write a checkpoint in another container: safetensors, GGUF, packed and sparse formats
+    Convert(Box<convert::Args>),
     /// Measure a model: perplexity, accuracy, facts, multiple choice
     Eval(eval::Args),
     /// Continue a text
@@ -43,6 +49,8 @@ pub fn run(command: Command) -> Result<()> {
     match command {
         Command::Inspect(args) => inspect::run(&args),
         Command::Quantize(args) => quantize::run(*args),
+        Command::Prune(args) => prune::run(*args),
+        Command::Convert(args) => convert::run(*args),
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Train(args) => train::run(&args),

@@ -199,8 +199,10 @@ impl Run<'_> {
                         None => (round(&original, &grid, grid_options, direction), None),
                     });
                 }
-                let values: Vec<Vec<f32>> =
-                    candidates.iter().map(|(stored, _)| nn::dequantize(stored)).collect();
+                let values: Vec<Vec<f32>> = candidates
+                    .iter()
+                    .map(|(stored, _)| nn::dequantize(stored))
+                    .collect::<nn::Result<_>>()?;
                 let errors = match (judge, &inputs.covariance) {
                     (Judge::Linear, Some(covariance)) => {
                         let error = |v: &Vec<f32>| linear_error(&original, v, covariance);
@@ -251,7 +253,7 @@ impl Run<'_> {
             return done.hand_in(job);
         }
         let device = nn::Weights::device(&job.weights);
-        let values = host::from_vec(nn::dequantize(&done.stored), name.shape, &device);
+        let values = host::from_vec(nn::dequantize(&done.stored)?, name.shape, &device);
         self.quantized.insert(name.weight(), values);
         self.done.push(done);
         Ok(())

@@ -55,7 +55,7 @@ fn memory_changes_no_byte() {
     let scratch = Scratch::new();
     let input = scratch.path("in");
     planted(&input, &config(Family::Llama, json!({"num_hidden_layers": 3})), 22);
-    for method in [Method::Gptq, Method::Awq] {
+    for method in [Method::Gptq, Method::Awq, Method::Rsq] {
         let (roomy, tight) = (scratch.path("roomy"), scratch.path("tight"));
         let format = Format::CompressedTensors;
         let outcome = quantize(&input, &roomy, &job(method, format, 4 << 30), &calibration);
@@ -80,6 +80,7 @@ fn interrupted_job_ends_in_the_same_bytes() {
         (Method::Gptq, Family::Llama, Format::GptqV2),
         (Method::Awq, Family::Qwen3, Format::CompressedTensors),
         (Method::Awq, Family::Opt, Format::Dequantized),
+        (Method::Rsq, Family::Gpt2, Format::CompressedTensors),
     ] {
         let case = format!("{}, {family:?}", method.slug());
         let mut layers = json!({"num_hidden_layers": 3});

@@ -169,6 +169,64 @@ unsafe fn block_forward(
     }
 }
 
+/// Attention that every key receives, `[batch * keys]`: the column sums of the patterns of all heads
+/// and queries. Nothing larger than one block of queries is kept.
+pub(crate) fn received(q: &[f32], k: &[f32], spec: &AttentionSpec) -> Vec<f64> {
+    let mut sums = vec![0f64; spec.batch * spec.keys];
+    if sums.is_empty() || spec.queries == 0 {
+        return sums;
+    }
+    let geometry = Geometry::new(spec);
+    let blocks = spec.queries.div_ceil(QUERIES);
+    let span = |block: usize| geometry.span(block_range(spec, block));
+    let width = (0..blocks).map(|block| span(block).len()).max().unwrap_or(0);
+    let task = |buffer: &mut Vec<f32>, index: usize| -> Vec<f64> {
+        let (sequence, head) = (index / spec.heads, index % spec.heads);
+        let mut received = vec![0f64; spec.keys];
+        for block in 0..blocks {
+            let queries = block_range(spec, block);
+            let keys = span(block);
+            let (rows, columns) = (queries.len(), keys.len());
+            if columns == 0 {
+                continue;
+            }
+            let first = geometry.query(sequence, head, queries.start);
+            let start = geometry.key(sequence, head / geometry.group, keys.start);
+            let scores = &mut buffer[..rows * columns];
+            let shape = [rows, columns, spec.head_dim];
+            let q = Matrix::rows(&q[first..], geometry.row);
+            let k = Matrix::columns(&k[start..], geometry.kv_row);
+            // SAFETY: the buffer holds rows * columns; q and k hold these rows by the caller's check.
+            unsafe { product(shape, q, k, spec.scale, scores.as_mut_ptr(), columns, false) };
+            for (row, scores) in scores.chunks_exact_mut(columns).enumerate() {
+                let visible = spec.visible(queries.start + row);
+                let local = visible.start - keys.start..visible.end - keys.start;
+                let scores = &mut scores[local];
+                let (total, _) = softmax_row(scores, spec.softcap);
+                let factor = if total > 0.0 { 1.0 / total } else { 0.0 };
+                add_scaled(&mut received[visible], scores, factor);
+            }
+        }
+        received
+    };
+    let buffer = || scratch(QUERIES.min(spec.queries) * width);
+    let heads: Vec<Vec<f64>> =
+        (0..spec.batch * spec.heads).into_par_iter().map_init(buffer, task).collect();
+    // Heads are added in their order, whichever thread was first.
+    for (sums, heads) in sums.chunks_exact_mut(spec.keys).zip(heads.chunks(spec.heads)) {
+        for head in heads {
+            sums.iter_mut().zip(head).for_each(|(sum, v)| *sum += v);
+        }
+    }
+    sums
+}
+
+simd! { fn add_scaled(sums: &mut [f64], values: &[f32], factor: f32) {
+    for (sum, &value) in sums.iter_mut().zip(values) {
+        *sum += f64::from(value * factor);
+    }
+} }
+
 simd! { /// Replaces scores by `e^(score - max)`; returns their sum and the log-sum-exp.
 fn softmax_row(row: &mut [f32], softcap: Option<f32>) -> (f32, f32) {
     if let Some(cap) = softcap {

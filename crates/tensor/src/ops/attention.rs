@@ -2,7 +2,8 @@
 use super::record::{Buffer, Call, Operand};
 use super::{AttentionSpec, composed};
 use crate::Tensor;
-use crate::kernels::attention::forward;
+use crate::host;
+use crate::kernels::attention::{forward, received};
 use crate::kernels::attention_backward::{Forward, backward};
 
 /// `softmax(scale * q kᵀ) v` per head on rows of heads: `q [batch * queries, heads * head_dim]`,
@@ -75,6 +76,17 @@ pub fn attention_scores(q: Tensor<2>, k: Tensor<2>, spec: &AttentionSpec) -> Ten
 /// Softmax over the keys of scores `[batch * heads * queries, keys]`.
 pub fn attention_pattern(scores: Tensor<2>) -> Tensor<2> {
     composed::attention_pattern(scores)
+}
+
+/// Attention that every key receives from all heads and queries, `[batch * keys]`: the column sums
+/// of the pattern, accumulated over blocks of queries (the pattern itself is never kept). Records
+/// no backward step.
+///
+/// # Panics
+/// If the spec does not fit the shapes.
+pub fn attention_received(q: &Tensor<2>, k: &Tensor<2>, spec: &AttentionSpec) -> Vec<f64> {
+    spec.check(q.dims(), k.dims(), k.dims());
+    host::read(q, |q| host::read(k, |k| received(q, k, spec)))
 }
 
 /// Values weighted by a pattern, `[batch * queries, heads * head_dim]`.
