@@ -19,7 +19,10 @@ fn main() -> ExitCode {
     let cli = args::parse();
     // Keeping freed memory makes training a third faster; a quantisation, whose promise is a small
     // peak, gives large buffers back instead.
-    if !matches!(cli.command, commands::Command::Quantize(_) | commands::Command::Run(_)) {
+    if !matches!(
+        cli.command,
+        commands::Command::Quantize(_) | commands::Command::Convert(_) | commands::Command::Run(_)
+    ) {
         tensor::memory::tune_allocator();
     }
     report::set_verbosity(cli.global.verbosity());

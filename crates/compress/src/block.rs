@@ -4,7 +4,7 @@
 //! weights in the working copy and hands in the quantised layers. It never touches files.
 
 use crate::activations::Activations;
-use crate::grid::{Grid, GridOptions, Matrix, ScaleType};
+use crate::grid::{Grid, GridOptions, Matrix, ScaleType, transpose};
 use crate::plan::LayerPlan;
 use crate::statistics::TokenSample;
 use crate::{Error, Result};
@@ -100,6 +100,15 @@ impl Calibration {
             }
         }
         Self::new(tokens, self.length)
+    }
+
+    /// The first `count` windows, or all there are.
+    ///
+    /// # Errors
+    /// When that leaves none.
+    pub fn first(&self, count: usize) -> Result<Self> {
+        let tokens = count.min(self.windows()) * self.length;
+        Self::new(self.tokens.get(..tokens).unwrap_or_default().to_vec(), self.length)
     }
 
     /// No calibration at all.
@@ -305,7 +314,10 @@ impl BlockJob<'_> {
             group_size: stored.group_size(),
             histogram: match &stored {
                 Stored::Grid(m) => histogram(original, m, &values),
-                _ => Vec::new(),
+                Stored::Columns(m) => {
+                    let values = transpose(&values, original.out_features, original.in_features);
+                    histogram(&original.transposed(), m, &values)
+                }
             },
             ..self.result(name, original, &values, bits_per_weight, sample, details)
         };

@@ -14,9 +14,6 @@ pub fn windows(
     tokenizer: impl FnOnce() -> Result<Tokenizer>,
     fallback: impl FnOnce() -> Result<text::Documents>,
 ) -> Result<Calibration> {
-    if !method.calibrates() {
-        return Ok(Calibration::none());
-    }
     if let Some(file) = &options.file
         && let Some(ids) = token_lists(file)?
     {
@@ -32,7 +29,7 @@ pub fn windows(
     let by_documents = || text::calibration_awq(&documents, &tokenizer, samples, length, seed);
     let windows = match options.sampling {
         Sampling::Documents => by_documents()?,
-        Sampling::Auto if method == Method::Awq => match by_documents() {
+        Sampling::Auto if matches!(method, Method::Awq | Method::Adadim) => match by_documents() {
             // Few or long documents: the reference's rule keeps none of them.
             Err(error @ data::Error::TooFewTokens { .. }) => {
                 report::warn(&format!("{error}; taking random windows of the joined text instead"));

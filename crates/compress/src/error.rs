@@ -26,6 +26,9 @@ pub enum Error {
     /// A data error.
     #[error(transparent)]
     Data(#[from] data::Error),
+    /// An error of a measurement.
+    #[error(transparent)]
+    Evaluation(#[from] eval::Error),
     /// A file of the job's own working area.
     #[error("{path}: {source}")]
     Io {

@@ -323,6 +323,16 @@ impl Matrix {
         Ok(Self { out_features, in_features, values })
     }
 
+    /// The transpose, `[in_features, out_features]`.
+    pub fn transposed(&self) -> Self {
+        let (rows, columns) = (self.out_features, self.in_features);
+        Self {
+            out_features: columns,
+            in_features: rows,
+            values: transpose(&self.values, rows, columns),
+        }
+    }
+
     /// Refuses NaN and infinities, naming the layer and the first bad place.
     pub fn check_finite(&self, layer: &str) -> Result<()> {
         let row = self
@@ -359,6 +369,26 @@ impl Matrix {
             .into_iter()
             .fold((0.0, 0.0), |a, b| (a.0 + b.0, a.1 + b.1))
     }
+}
+
+/// The transpose of `values` (`[rows, columns]`).
+pub fn transpose<T: Copy + Default + Send + Sync>(
+    values: &[T],
+    rows: usize,
+    columns: usize,
+) -> Vec<T> {
+    // Bands of columns, so that a cache line of the source serves all of its columns.
+    const BAND: usize = 16;
+    let mut out = vec![T::default(); values.len()];
+    out.par_chunks_mut(BAND * rows.max(1)).enumerate().for_each(|(band, out)| {
+        for (row, source) in values.chunks_exact(columns.max(1)).enumerate() {
+            let source = source.get(band * BAND..).unwrap_or_default();
+            for (out, &value) in out.chunks_exact_mut(rows).zip(source) {
+                out[row] = value;
+            }
+        }
+    });
+    out
 }
 
 /// The group size that `options` mean for a row of `in_features` weights.
@@ -551,6 +581,17 @@ mod tests {
                 assert_eq!(min_max(&values).1, 3.0);
             }
         }
+    }
+
+    #[test]
+    fn transposes_rectangles() {
+        let matrix = Matrix::new(2, 3, vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).unwrap();
+        let transposed = matrix.transposed();
+        assert_eq!((transposed.out_features, transposed.in_features), (3, 2));
+        assert_eq!(transposed.values, [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
+        let wide: Vec<u32> = (0..70 * 33).collect();
+        let back = transpose(&transpose(&wide, 70, 33), 33, 70);
+        assert_eq!(back, wide);
     }
 
     #[test]

@@ -5,12 +5,14 @@
 //! - `statistics`: what calibration accumulates, as a tap;
 //! - `options`, `plan`, `calibration`: a job's definition, what it will do, its text;
 //! - `quantize`: quantising as a job of the runner;
+//! - `allocate`: a budget over layers; `stream`: looking at a network before deciding;
 //! - `runner`, `block`, `activations`: the walk over blocks, within the memory contract.
 //!
 //! Evaluation and reports are not here: a job with its before and after is `recipe`'s.
 
 pub mod activations;
 pub mod adadim;
+pub mod allocate;
 pub mod awq;
 pub mod block;
 pub mod calibration;
@@ -29,6 +31,7 @@ pub mod rsq;
 pub mod rtn;
 pub mod runner;
 pub mod statistics;
+pub mod stream;
 
 pub use block::{Calibration, LayerResult};
 pub use error::{Error, Result};

@@ -1,6 +1,6 @@
 //! Options of a quantisation job: the one definition behind flags, recipe keys, schema and docs.
 
-use crate::adadim::AdadimOptions;
+use crate::adadim::{AdadimOptions, Base};
 use crate::awq::{AwqOptions, Rounding};
 use crate::gptq::GptqOptions;
 use crate::grid::GridOptions;
@@ -99,6 +99,18 @@ impl Format {
             Self::GptqV2 => Some(Layout::Gptq { v2: true }),
             Self::Strata => Some(Layout::Strata),
             Self::Dequantized => None,
+        }
+    }
+
+    /// Name as on the command line and in messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::CompressedTensors => "compressed-tensors",
+            Self::Awq => "awq",
+            Self::Gptq => "gptq",
+            Self::GptqV2 => "gptq-v2",
+            Self::Strata => "strata",
+            Self::Dequantized => "dequantized",
         }
     }
 }
@@ -241,7 +253,7 @@ impl Default for CalibrationOptions {
 )]
 #[serde(rename_all = "kebab-case")]
 pub enum Sampling {
-    /// `documents` for AWQ, `windows` otherwise.
+    /// `documents` for AWQ and AdaDim, `windows` otherwise.
     #[default]
     Auto,
     /// Shuffled documents that fit one window, joined and cut (AWQ reference).
@@ -304,6 +316,7 @@ impl QuantizeOptions {
         match self.method {
             Method::Awq => self.awq.calibrates(),
             Method::Rsq => self.rsq.calibrates(),
+            Method::Adadim => self.adadim.calibrates(),
             method => method.calibrates(),
         }
     }
@@ -313,13 +326,27 @@ impl QuantizeOptions {
         !(self.method == Method::Rsq && self.rsq.rotate_only)
     }
 
+    /// Whether the job needs calibration text at all: for its method, or to decide widths.
+    pub fn needs_text(&self) -> bool {
+        self.calibrates() || self.layerwise.calibrates()
+    }
+
     /// Whether GPTQ chooses the codes.
     pub(crate) fn rounds_by_gptq(&self) -> bool {
         match self.method {
             Method::Gptq => true,
             Method::Awq => self.awq.rounding == Rounding::Gptq,
+            Method::Adadim => self.adadim.base == Base::Gptq,
             Method::Rsq => self.rsq.calibrates(),
-            Method::Rtn | Method::Adadim | Method::Pvq => false,
+            Method::Rtn | Method::Pvq => false,
+        }
+    }
+
+    /// The options of GPTQ as the method uses them.
+    pub(crate) fn used_gptq(&self) -> GptqOptions {
+        match self.method {
+            Method::Adadim => self.adadim.gptq(&self.gptq, &self.grid),
+            _ => self.gptq.clone(),
         }
     }
 
@@ -327,7 +354,10 @@ impl QuantizeOptions {
     pub fn check(&self) -> Result<()> {
         crate::grid::Grid::new(&self.grid)?;
         if self.rounds_by_gptq() {
-            self.gptq.check(&self.grid)?;
+            self.used_gptq().check(&self.grid)?;
+        }
+        if self.method == Method::Adadim {
+            self.adadim.check(self)?;
         }
         if self.method == Method::Rsq {
             self.rsq.check(self)?;
@@ -342,7 +372,7 @@ impl QuantizeOptions {
                 ));
             }
         }
-        if self.calibrates() {
+        if self.needs_text() {
             if self.calibration.samples == 0 {
                 return Err(Error::Options(
                     "no calibration samples: give --samples 128, or use --method rtn".into(),
@@ -366,18 +396,17 @@ impl QuantizeOptions {
                     .into(),
             ));
         }
-        let own_grids =
-            matches!(self.format, Format::CompressedTensors | Format::Strata | Format::Dequantized);
-        if !own_grids && !self.overrides.is_empty() {
+        if self.format == Format::Awq && !self.overrides.is_empty() {
             return Err(Error::Options(
-                "per-layer overrides need --format compressed-tensors, strata or dequantized: the other \
-                 formats hold one grid for all layers"
+                "the awq format holds one grid for all layers: per-layer overrides need --format \
+                 compressed-tensors, gptq-v2, strata or dequantized"
                     .into(),
             ));
         }
+        self.layerwise.check(self)?;
         let reordered = self.rounds_by_gptq()
-            && self.gptq.act_order
-            && !self.gptq.static_groups
+            && self.used_gptq().act_order
+            && !self.used_gptq().static_groups
             && self.grid.granularity == crate::grid::Granularity::Group
             && self.grid.group_size > 0;
         if reordered && matches!(self.format, Format::Awq | Format::CompressedTensors) {

@@ -117,6 +117,9 @@ impl Plan {
                 "nothing is left to quantise; loosen --only or --exclude".into(),
             ));
         }
+        if options.method == crate::Method::Adadim {
+            crate::adadim::check_plan(&plan, options)?;
+        }
         Ok(plan)
     }
 
@@ -146,10 +149,16 @@ fn patterns(texts: &[String]) -> Result<Vec<Pattern>> {
     texts.iter().map(|text| pattern(text)).collect()
 }
 
-fn check_shape(name: &Name, grid: &GridOptions, options: &QuantizeOptions) -> Result<()> {
-    let (out, width) = (name.out_features(), name.in_features());
-    // Ragged last groups exist only in ordinary weights, and AWQ's searches need whole groups.
-    let whole = options.format != Format::Dequantized || options.method == crate::Method::Awq;
+/// Refuses a grid that the format has no place for.
+pub(crate) fn check_shape(
+    name: &Name,
+    grid: &GridOptions,
+    options: &QuantizeOptions,
+) -> Result<()> {
+    let width = name.in_features();
+    // Formats of other tools and AWQ's searches need whole groups.
+    let ragged = matches!(options.format, Format::Dequantized | Format::Strata);
+    let whole = !ragged || options.method == crate::Method::Awq;
     if whole && grid.granularity == Granularity::Group {
         require_whole_groups(&name.module, width, effective_group(grid, width))?;
         if grid.group_size > width {
@@ -157,33 +166,27 @@ fn check_shape(name: &Name, grid: &GridOptions, options: &QuantizeOptions) -> Re
         }
     }
     let Some(layout) = options.format.layout() else { return Ok(()) };
-    let shape = QuantizedMatrix {
+    Ok(store::packed::check_packable(layout, &name.module, &stored_shape(name, grid))?)
+}
+
+/// What `name` becomes on a grid, without its codes: enough to know what it takes.
+pub(crate) fn stored_shape(name: &Name, grid: &GridOptions) -> QuantizedMatrix {
+    QuantizedMatrix {
         bits: grid.bits,
-        group_size: effective_group(grid, width),
-        out_features: out,
-        in_features: width,
+        group_size: effective_group(grid, name.in_features()),
+        out_features: name.out_features(),
+        in_features: name.in_features(),
         codes: Vec::new(),
         scales: Vec::new(),
         zeros: Vec::new(),
         symmetric: grid.symmetric,
         group_index: None,
-    };
-    Ok(store::packed::check_packable(layout, &name.module, &shape)?)
+    }
 }
 
 /// Bytes that quantising `name` saves.
 fn saved(checkpoint: &Checkpoint, name: &Name, grid: &GridOptions, format: Format) -> Result<u64> {
-    if format == Format::Dequantized {
-        return Ok(0);
-    }
+    let Some(layout) = format.layout() else { return Ok(0) };
     let now = checkpoint.info(&name.weight())?.nbytes;
-    let (out, width) = (name.out_features() as f64, name.in_features() as f64);
-    let groups = (width / effective_group(grid, name.in_features()) as f64).ceil();
-    let zero_bits = if grid.symmetric && format == Format::CompressedTensors {
-        0.0
-    } else {
-        f64::from(grid.bits)
-    };
-    let bits = out * width * f64::from(grid.bits) + out * groups * (16.0 + zero_bits);
-    Ok(now.saturating_sub((bits / 8.0) as u64))
+    Ok(now.saturating_sub(store::packed::stored_bytes(layout, &stored_shape(name, grid))))
 }

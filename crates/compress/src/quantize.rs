@@ -28,6 +28,14 @@ pub fn run(
     run_job(source, plan, &mut job, calibration, target, progress)
 }
 
+/// How the job writes what it quantises.
+pub(crate) fn container(options: &QuantizeOptions) -> Container {
+    match options.format.layout() {
+        Some(layout) if options.quantises() => Container::Packed(layout),
+        _ => Container::Dense,
+    }
+}
+
 struct Quantize<'a> {
     options: &'a QuantizeOptions,
     awq: crate::awq::Prepared,
@@ -53,10 +61,7 @@ impl Job for Quantize<'_> {
     }
 
     fn container(&self) -> Container {
-        match self.options.format.layout() {
-            Some(layout) if self.options.quantises() => Container::Packed(layout),
-            _ => Container::Dense,
-        }
+        container(self.options)
     }
 
     fn limits(&self) -> Limits {
@@ -78,8 +83,9 @@ impl Job for Quantize<'_> {
             Method::Rtn => crate::rtn::quantize_block(job),
             Method::Gptq => crate::gptq::quantize_block(job, &options.gptq),
             Method::Awq => crate::awq::run_block(job, options, &self.awq),
+            Method::Adadim => crate::adadim::quantize_block(job, options),
             Method::Rsq => crate::rsq::quantize_block(job, options),
-            Method::Adadim | Method::Pvq => Err(Error::Options(format!(
+            Method::Pvq => Err(Error::Options(format!(
                 "{} is not available in this build",
                 options.method.slug()
             ))),
@@ -105,7 +111,7 @@ impl Job for Quantize<'_> {
             Granularity::Group if grid.group_size > 0 => Some(grid.group_size),
             _ => None,
         };
-        let gptq = &self.options.gptq;
+        let gptq = self.options.used_gptq();
         let by_gptq = self.options.rounds_by_gptq();
         let mut config = QuantConfig::new(layout, grid.bits, group, grid.symmetric);
         config.desc_act = by_gptq && gptq.act_order;

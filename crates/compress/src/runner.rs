@@ -295,6 +295,31 @@ pub(crate) fn refuse_quantized(checkpoint: &Checkpoint) -> Result<()> {
     Ok(())
 }
 
+/// Scales are stored in the model's own type where the format allows it.
+pub(crate) fn scale_type(checkpoint: &Checkpoint, container: Container) -> ScaleType {
+    let bfloat = checkpoint.infos().any(|info| info.dtype == Dtype::BF16);
+    match container {
+        Container::Packed(Layout::CompressedTensors | Layout::Strata) if bfloat => ScaleType::Bf16,
+        _ => ScaleType::F16,
+    }
+}
+
+/// Whether loaders of the format compute in half precision.
+fn half(container: Container) -> bool {
+    matches!(container, Container::Packed(Layout::AutoAwq | Layout::Gptq { .. }))
+}
+
+/// The type in which a tensor that stays dense is written.
+pub(crate) fn dense_type(container: Container, source: Dtype) -> Dtype {
+    match source {
+        _ if half(container) && source.is_float() => Dtype::F16,
+        Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64 => source,
+        _ if source.is_float() => Dtype::F16,
+        Dtype::Ggml(_) => Dtype::F16,
+        _ => source,
+    }
+}
+
 struct Walk<'a> {
     source: Source<'a>,
     calibration: &'a Calibration,
@@ -302,33 +327,14 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    /// Scales are stored in the model's own type where the format allows it.
     fn scale_type(&self) -> ScaleType {
-        let bfloat = self.source.checkpoint.infos().any(|info| info.dtype == Dtype::BF16);
-        match self.container {
-            Container::Packed(Layout::CompressedTensors | Layout::Strata) if bfloat => {
-                ScaleType::Bf16
-            }
-            _ => ScaleType::F16,
-        }
+        scale_type(self.source.checkpoint, self.container)
     }
 
-    /// Whether loaders of the format compute in half precision.
-    fn half(&self) -> bool {
-        matches!(self.container, Container::Packed(Layout::AutoAwq | Layout::Gptq { .. }))
-    }
-
-    /// The type in which a tensor that stays dense is written.
     fn dense_type(&self, source: Dtype) -> Dtype {
-        match source {
-            _ if source.is_float() && self.source.dense.is_some() => {
-                self.source.dense.unwrap_or(source)
-            }
-            _ if self.half() && source.is_float() => Dtype::F16,
-            Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64 => source,
-            _ if source.is_float() => Dtype::F16,
-            Dtype::Ggml(_) => Dtype::F16,
-            _ => source,
+        match self.source.dense {
+            Some(dense) if source.is_float() => dense,
+            _ => dense_type(self.container, source),
         }
     }
 
@@ -573,7 +579,7 @@ impl Walk<'_> {
         let mut config = self.source.config.clone();
         if let (Some(json), Some(object)) = (quantization, config.as_object_mut()) {
             object.insert("quantization_config".into(), json.clone());
-            if self.half() {
+            if half(self.container) {
                 for key in ["torch_dtype", "dtype"] {
                     if key == "torch_dtype" || object.contains_key(key) {
                         object.insert(key.into(), "float16".into());
@@ -625,15 +631,10 @@ impl Walk<'_> {
     /// A GGUF file holds its tokenizer inside; other containers need it as files.
     fn write_gguf_tokenizer(&self, writer: &mut Writer) -> Result<()> {
         let tokenizer = data::Tokenizer::from_checkpoint(self.source.checkpoint)?;
-        let mut config = serde_json::Map::new();
-        config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
-        for (key, id) in [("bos_token", tokenizer.bos()), ("eos_token", tokenizer.eos())] {
-            if let Some(text) = id.and_then(|id| tokenizer.token_text(id)) {
-                config.insert(key.into(), text.into());
-            }
+        for (name, text) in tokenizer.to_files()? {
+            writer.put_file(name, text.as_bytes())?;
         }
-        writer.put_file("tokenizer.json", tokenizer.to_json()?.as_bytes())?;
-        Ok(writer.put_json("tokenizer_config.json", &config.into())?)
+        Ok(())
     }
 }
 

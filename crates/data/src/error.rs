@@ -1,11 +1,11 @@
-//! What can go wrong with text, tokenizers and generated data; every message names its file.
+//! What can go wrong with text, tokenizers, images and generated data; every message names its file.
 
 use std::path::{Path, PathBuf};
 
 /// Result of this crate's operations.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Errors of reading text and tokenizers, and of writing the almanac.
+/// Errors of reading text, tokenizers and images, and of writing the almanac.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The operating system refused a file operation.

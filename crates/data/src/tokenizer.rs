@@ -5,11 +5,13 @@
 //! ids begin and end a text.
 
 pub(crate) mod convert;
+mod export;
 mod gguf;
 mod ids;
 mod sentencepiece;
 mod stream;
 
+pub use export::GgufVocabulary;
 pub use stream::DecodeStream;
 
 use crate::{Error, Result};
@@ -87,11 +89,16 @@ impl Tokenizer {
             return Self::from_dir(checkpoint.directory());
         };
         let path = checkpoint.path();
-        let vocabulary = gguf::Vocabulary::read(metadata).map_err(|m| Error::file(path, m))?;
-        let json = vocabulary.to_json().map_err(|m| Error::file(path, m))?;
-        let inner = from_value(&json).map_err(|m| Error::file(path, m))?;
+        let inner = match metadata.get_str("tokenizer.huggingface.json") {
+            Some(json) => from_bytes(json.as_bytes()),
+            None => gguf::Vocabulary::read(metadata)
+                .and_then(|vocabulary| vocabulary.to_json())
+                .and_then(|json| from_value(&json)),
+        };
+        let inner = inner.map_err(|m| Error::file(path, m))?;
         let template = metadata.get_str("tokenizer.chat_template").map(str::to_string);
-        let ids = SpecialIds::new(vocabulary.begin, vocabulary.end.into_iter().collect(), template);
+        let (begin, ends) = gguf::marks(metadata);
+        let ids = SpecialIds::new(begin, ends, template);
         Ok(Self { inner, ids, origin: path.to_path_buf() })
     }
 
@@ -167,6 +174,38 @@ impl Tokenizer {
     /// A decoder for tokens that arrive one by one; `skip_special` leaves special tokens out.
     pub fn stream(&self, skip_special: bool) -> DecodeStream<'_> {
         DecodeStream::new(self, skip_special)
+    }
+
+    /// The metadata of a GGUF file that carries this tokenizer, for a network whose embedding has
+    /// `vocab_size` rows.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] when GGUF has no words for it; the message says for what.
+    pub fn to_gguf(&self, vocab_size: usize) -> Result<GgufVocabulary> {
+        export::export(self, &self.to_json()?, vocab_size).map_err(|reason| {
+            let origin = self.origin.display();
+            Error::Tokenizer(format!("{origin}: the tokenizer does not fit GGUF: {reason}"))
+        })
+    }
+
+    /// The files that a model directory needs for this tokenizer: names and contents.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] when a part cannot be written.
+    pub fn to_files(&self) -> Result<Vec<(&'static str, String)>> {
+        let mut config = serde_json::Map::new();
+        config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
+        for (key, id) in [("bos_token", self.bos()), ("eos_token", self.eos())] {
+            if let Some(text) = id.and_then(|id| self.token_text(id)) {
+                config.insert(key.into(), text.into());
+            }
+        }
+        if let Some(template) = self.chat_template() {
+            config.insert("chat_template".into(), template.into());
+        }
+        let config =
+            serde_json::to_string_pretty(&config).map_err(|e| Error::Tokenizer(e.to_string()))?;
+        Ok(vec![("tokenizer.json", self.to_json()?), ("tokenizer_config.json", config + "\n")])
     }
 
     /// The JSON of a `tokenizer.json` that tokenises the same.

@@ -5,11 +5,11 @@ use crate::{
     error::{Result, option},
     scan::{BATCH_TOKENS, LOGITS, log_sum_exp, logits_of},
 };
-use nn::Model;
+use nn::{Batch, Decoder, Model, Taps, Weights};
 use rayon::prelude::*;
 use report::{Cell, Column, Table};
 use serde::Serialize;
-use tensor::host;
+use tensor::{Tensor, host};
 
 /// Distances between the next-token predictions of a reference and another model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -89,6 +89,33 @@ pub fn compare(
         max_logit_difference: f64::from(sums.largest),
         tokens: sums.rows,
     })
+}
+
+/// `Σ KL(reference || other)` in nats over the rows of two final hidden states (the input of the
+/// head, `[rows, embed_size]`) under one head, and the number of rows.
+///
+/// # Errors
+/// From the head.
+pub fn divergence(
+    decoder: &Decoder,
+    head: &dyn Weights,
+    reference: &Tensor<2>,
+    other: &Tensor<2>,
+) -> Result<(f64, usize)> {
+    let vocabulary = decoder.config.vocab_size;
+    let piece = (LOGITS / vocabulary.max(1)).max(1);
+    let rows = reference.dims()[0].min(other.dims()[0]);
+    let mut sums = Sums::default();
+    for first in (0..rows).step_by(piece) {
+        let count = piece.min(rows - first);
+        let logits = |hidden: &Tensor<2>| {
+            let part = hidden.clone().narrow(0, first, count);
+            decoder.head_logits(head, part, &Batch::new(1, count), &mut Taps::none())
+        };
+        let (p, q) = (logits(reference)?, logits(other)?);
+        host::read(&p, |p| host::read(&q, |q| sums.add(p, q, vocabulary)));
+    }
+    Ok((sums.kl, sums.rows))
 }
 
 #[derive(Clone, Copy, Default)]

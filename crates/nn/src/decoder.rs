@@ -9,7 +9,7 @@ use store::Checkpoint;
 use tensor::ops::RopeTable;
 
 use crate::config::{NormKind, Placement, Positions, Qkv};
-use crate::{DecoderConfig, Error, Name, Result, Role};
+use crate::{DecoderConfig, Error, Name, Result, Role, Spelling};
 
 /// Names of the modules of one block.
 #[derive(Clone, Debug)]
@@ -136,6 +136,8 @@ impl Decoder {
             block: None,
             transposed: false,
             shape,
+            kernel: None,
+            spelling: Spelling::Dotted,
             bias: role == Role::FinalNorm && c.norm == NormKind::Layer,
             plus_one: role == Role::FinalNorm && c.norm == NormKind::RmsPlusOne,
         };
@@ -252,6 +254,8 @@ fn block_names(c: &DecoderConfig, prefix: &str, i: usize) -> BlockNames {
         block: Some(i),
         transposed: c.transposed,
         shape,
+        kernel: None,
+        spelling: Spelling::Dotted,
         bias,
         plus_one: false,
     };

@@ -11,6 +11,8 @@
 //! - `decoder`, `forward`, `attend`, `rope`, `cache`: names, the staged block, positions, KV cache;
 //! - `mapping`: which norm or linear can absorb a scale (what AWQ and rotations fold through);
 //! - `rotate`: the same network in a rotated basis of its residual stream;
+//! - `network`: any architecture as a chain of segments; `resnet`, `vit`, `mlp` are the families of
+//!   images, `open` finds the family of a checkpoint;
 //! - `model`, `generate`: opening a checkpoint and sampling from it.
 //!
 //! Losses, optimisers and evaluation live above; containers on disk and kernels live below.
@@ -23,12 +25,17 @@ pub mod error;
 pub mod family;
 mod forward;
 pub mod generate;
+mod images;
 mod keys;
 pub mod mapping;
+pub mod mlp;
 pub mod model;
 pub mod name;
+pub mod network;
+mod open;
 pub mod overlay;
 pub mod quantized;
+pub mod resnet;
 mod rope;
 pub mod rotate;
 pub mod site;
@@ -37,6 +44,7 @@ pub mod tap;
 #[doc(hidden)]
 pub mod testing;
 mod validate;
+pub mod vit;
 pub mod weights;
 
 pub use cache::KvCache;
@@ -47,13 +55,18 @@ pub use family::Family;
 pub use forward::{BlockState, Context, Stage};
 pub use generate::{Sampling, generate};
 pub use mapping::{Inspect, Mapping, NormFold, Prev};
+pub use mlp::Mlp;
 pub use model::Model;
-pub use name::{Leaf, Name, Role};
+pub use name::{Leaf, Name, Role, Spelling};
+pub use network::{ImageSpec, Input, Mode, Network, Observed, State};
+pub use open::{OpenNetwork, known_families, network_of, open_network};
 pub use overlay::Overlay;
 pub use quantized::Quantized;
+pub use resnet::ResNet;
 pub use rotate::{Rotated, RotationKind};
 pub use site::{Point, Site};
 pub use store::packed::Stored;
 pub use stored::dequantize;
 pub use tap::{Batch, Record, Replace, Tap, Taps};
+pub use vit::Vit;
 pub use weights::{CheckpointWeights, Weights};

@@ -43,6 +43,20 @@ pub enum Role {
     QueryNorm,
     /// Norm on every key head (Qwen 3).
     KeyNorm,
+    /// First layer of an image network: the stem convolution, or the projection of patches.
+    Stem,
+    /// Convolution.
+    Conv,
+    /// Convolution or projection on a residual network's shortcut.
+    Shortcut,
+    /// Batch normalisation: gain, bias and running statistics, `[channels]` each.
+    BatchNorm,
+    /// A learned token that is put before the patches of an image.
+    ClassToken,
+    /// Linear layer between the last block and the head.
+    Pooler,
+    /// Linear layer of a plain chain.
+    Hidden,
 }
 
 impl Role {
@@ -69,6 +83,13 @@ impl Role {
             Role::FinalNorm => "final_norm",
             Role::QueryNorm => "query_norm",
             Role::KeyNorm => "key_norm",
+            Role::Stem => "stem",
+            Role::Conv => "conv",
+            Role::Shortcut => "shortcut",
+            Role::BatchNorm => "batch_norm",
+            Role::ClassToken => "class_token",
+            Role::Pooler => "pooler",
+            Role::Hidden => "hidden",
         }
     }
 
@@ -83,6 +104,7 @@ impl Role {
                 | Role::FinalNorm
                 | Role::QueryNorm
                 | Role::KeyNorm
+                | Role::BatchNorm
         )
     }
 }
@@ -94,6 +116,22 @@ pub enum Leaf {
     Weight,
     /// `<module>.bias`
     Bias,
+    /// `<module>.running_mean` of a batch normalisation
+    RunningMean,
+    /// `<module>.running_var` of a batch normalisation
+    RunningVar,
+}
+
+/// How the tensors of a module are named.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Spelling {
+    /// `<module>.weight`, `<module>.bias`
+    #[default]
+    Dotted,
+    /// `<module>_weight`, `<module>_bias` (the fused projection of `torch.nn.MultiheadAttention`)
+    Underscored,
+    /// `<module>`: a parameter that is no module (class tokens, learned positions of images)
+    Bare,
 }
 
 /// A module of the checkpoint and what is known about it.
@@ -107,10 +145,16 @@ pub struct Name {
     pub block: Option<usize>,
     /// Stored as `[in, out]` (GPT-2's `Conv1D`).
     pub transposed: bool,
-    /// `[out, in]`; embeddings `[count, width]`; norms `[width, 1]` (their weight is `[width]`).
+    /// `[out, in]`; convolutions `[out, in * height * width]`; embeddings `[count, width]`; norms
+    /// `[width, 1]` (their weight is `[width]`).
     pub shape: [usize; 2],
+    /// Height and width of a convolution's kernel; its weight is stored `[out, in, height, width]`; `None` for
+    /// everything else.
+    pub kernel: Option<[usize; 2]>,
     /// Whether it has a bias (`[out]`).
     pub bias: bool,
+    /// How tensors are named after the module.
+    pub spelling: Spelling,
     /// Norms only: the gain applied is `1 + weight` (Gemma), so folds act on `1 + weight`.
     pub plus_one: bool,
 }
@@ -128,15 +172,37 @@ impl Name {
 
     /// The name of one of the module's tensors.
     pub fn tensor(&self, leaf: Leaf) -> String {
-        match leaf {
-            Leaf::Weight => format!("{}.weight", self.module),
-            Leaf::Bias => format!("{}.bias", self.module),
+        let leaf = match leaf {
+            Leaf::Weight => "weight",
+            Leaf::Bias => "bias",
+            Leaf::RunningMean => "running_mean",
+            Leaf::RunningVar => "running_var",
+        };
+        match self.spelling {
+            Spelling::Dotted => format!("{}.{leaf}", self.module),
+            Spelling::Underscored => format!("{}_{leaf}", self.module),
+            Spelling::Bare => self.module.clone(),
         }
     }
 
     /// All tensor names of the module.
     pub fn tensors(&self) -> Vec<String> {
-        std::iter::once(self.weight()).chain(self.bias_name()).collect()
+        self.leaves().into_iter().map(|leaf| self.tensor(leaf)).collect()
+    }
+
+    /// The tensors that the module has, the weight first.
+    pub fn leaves(&self) -> Vec<Leaf> {
+        let mut leaves = vec![Leaf::Weight];
+        leaves.extend(self.bias.then_some(Leaf::Bias));
+        if self.role == Role::BatchNorm {
+            leaves.extend([Leaf::RunningMean, Leaf::RunningVar]);
+        }
+        leaves
+    }
+
+    /// The shape of one of the module's tensors as it is stored in the checkpoint.
+    pub fn leaf_shape(&self, leaf: Leaf) -> Vec<usize> {
+        if leaf == Leaf::Weight { self.stored_shape() } else { vec![self.shape[0]] }
     }
 
     /// Output width of the linear layer.
@@ -151,10 +217,15 @@ impl Name {
 
     /// The weight's shape as it is stored in the checkpoint.
     pub fn stored_shape(&self) -> Vec<usize> {
-        if self.role.is_norm() {
-            vec![self.shape[0]]
+        let [out, input] = self.shape;
+        if let Some([height, width]) = self.kernel {
+            vec![out, input / (height * width).max(1), height, width]
+        } else if self.spelling == Spelling::Bare {
+            vec![1, out, input]
+        } else if self.role.is_norm() {
+            vec![out]
         } else if self.transposed {
-            vec![self.shape[1], self.shape[0]]
+            vec![input, out]
         } else {
             self.shape.to_vec()
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use store::packed::{QuantizedMatrix, Stored};
-use tensor::lowbit::LowBit;
+use tensor::lowbit::{LowBit, LowBitColumns};
 use tensor::skinny;
 
 use crate::Result;
@@ -22,6 +22,8 @@ pub fn dequantize(stored: &Stored) -> Vec<f32> {
 pub(crate) enum Kernel {
     /// Integer grid along the input.
     Grid(Arc<LowBit>),
+    /// Integer grid along the output.
+    Columns(Arc<LowBitColumns>),
     /// f32, for what has no kernel of its own.
     Dense(Arc<Vec<f32>>),
 }
@@ -31,7 +33,11 @@ impl Kernel {
     pub(crate) fn new(stored: &Stored) -> Result<Self> {
         match stored {
             Stored::Grid(m) => Ok(Self::Grid(Arc::new(low_bit(m)?))),
-            Stored::Columns(_) => Ok(Self::Dense(Arc::new(dequantize(stored)))),
+            // Groups of unusual sizes have no kernel.
+            Stored::Columns(m) => Ok(match low_bit_columns(m) {
+                Ok(kernel) => Self::Columns(Arc::new(kernel)),
+                Err(_) => Self::Dense(Arc::new(dequantize(stored))),
+            }),
         }
     }
 
@@ -46,6 +52,7 @@ impl Kernel {
     ) {
         match self {
             Self::Grid(m) => m.linear(x, rows, bias, y),
+            Self::Columns(m) => m.linear(x, rows, bias, y),
             Self::Dense(w) => skinny::linear_f32(x, rows, w, out, width, bias, y),
         }
     }
@@ -63,4 +70,11 @@ fn low_bit(m: &QuantizedMatrix) -> Result<LowBit> {
         &zeros,
         m.group_index.as_deref(),
     )?)
+}
+
+/// `m` is the grid of the transposed weight, `[in, out]`.
+fn low_bit_columns(m: &QuantizedMatrix) -> Result<LowBitColumns> {
+    let zeros: Vec<f32> = m.zeros.iter().map(|&z| f32::from(z)).collect();
+    let (inputs, out) = (m.out_features, m.in_features);
+    Ok(LowBitColumns::new(m.bits, out, inputs, m.group_size, &m.codes, &m.scales, &zeros)?)
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 use tensor::rng::Rng;
 
-use crate::{Decoder, Error, Family, Result, Role};
+use crate::{Decoder, Error, Family, Leaf, Network, Result, Role};
 
 /// The `config.json` of a tiny network: hidden 32, 2 blocks, 4 heads (2 key heads where the family
 /// groups them), vocabulary 97.
@@ -56,33 +56,42 @@ pub fn tiny_checkpoint(dir: &Path, family: Family, seed: u64) -> Result<()> {
     random_checkpoint(dir, &tiny_config(family), seed)
 }
 
-/// Writes a network of `config` with weights drawn from `seed` to `dir`.
+/// Writes a decoder of `config` with weights drawn from `seed` to `dir`.
 pub fn random_checkpoint(dir: &Path, config: &Value, seed: u64) -> Result<()> {
-    let decoder = Decoder::from_config(config)?;
+    random_network(dir, &Decoder::from_config(config)?, Some(config), seed)
+}
+
+/// Writes any network with weights drawn from `seed` to `dir`, and its config if there is one.
+pub fn random_network(
+    dir: &Path,
+    network: &dyn Network,
+    config: Option<&Value>,
+    seed: u64,
+) -> Result<()> {
     let mut tensors = Vec::new();
-    for name in decoder.all_names() {
+    for name in network.modules() {
         let mut rng = Rng::stream(seed, &name.module);
-        let shape = name.stored_shape();
-        let mut values = vec![0.0; shape.iter().product()];
         let spread = match name.role {
-            Role::Embed | Role::Position => 0.5,
+            Role::Embed | Role::Position | Role::ClassToken => 0.5,
             role if role.is_norm() => 0.2,
             _ => 1.2 / (name.in_features() as f32).sqrt(),
         };
-        rng.fill_normal(&mut values, spread);
-        if name.role.is_norm() && !name.plus_one {
-            values.iter_mut().for_each(|v| *v += 1.0);
-        }
-        tensors.push((name.weight(), shape, values));
-        if let Some(bias) = name.bias_name() {
-            let mut values = vec![0.0; name.shape[0]];
-            rng.fill_normal(&mut values, 0.1);
-            tensors.push((bias, vec![name.shape[0]], values));
+        for leaf in name.leaves() {
+            let shape = name.leaf_shape(leaf);
+            let mut values = vec![0.0; shape.iter().product()];
+            rng.fill_normal(&mut values, if leaf == Leaf::Weight { spread } else { 0.1 });
+            let gain = leaf == Leaf::Weight && name.role.is_norm() && !name.plus_one;
+            if gain || leaf == Leaf::RunningVar {
+                values.iter_mut().for_each(|v| *v += 1.0);
+            }
+            tensors.push((name.tensor(leaf), shape, values));
         }
     }
     std::fs::create_dir_all(dir).map_err(Error::external)?;
-    let text = serde_json::to_vec_pretty(config).map_err(Error::external)?;
-    std::fs::write(dir.join("config.json"), text).map_err(Error::external)?;
+    if let Some(config) = config {
+        let text = serde_json::to_vec_pretty(config).map_err(Error::external)?;
+        std::fs::write(dir.join("config.json"), text).map_err(Error::external)?;
+    }
     write_safetensors(&dir.join("model.safetensors"), &tensors)
 }
 

@@ -3,7 +3,7 @@
 use store::Checkpoint;
 use store::packed::parse_config;
 
-use crate::{Decoder, Error, Leaf, Result};
+use crate::{Decoder, Error, Leaf, Name, Result};
 
 impl Decoder {
     /// Checks that every tensor the network reads is in the checkpoint, with the shape the config
@@ -22,13 +22,18 @@ impl Decoder {
             if packed && !checkpoint.contains(&weight) && is_packed(checkpoint, &name.module) {
                 continue;
             }
-            expect(checkpoint, &weight, &name.stored_shape())?;
-            if let Some(bias) = name.bias_name() {
-                expect(checkpoint, &bias, &[name.shape[0]])?;
-            }
+            check_module(checkpoint, name)?;
         }
         Ok(())
     }
+}
+
+/// Checks that the tensors of `name` are in the checkpoint with their shapes.
+pub(crate) fn check_module(checkpoint: &Checkpoint, name: &Name) -> Result<()> {
+    for leaf in name.leaves() {
+        expect(checkpoint, &name.tensor(leaf), &name.leaf_shape(leaf))?;
+    }
+    Ok(())
 }
 
 /// Whether one of the known integer layouts stores `module`.

@@ -86,6 +86,11 @@ impl Measurement {
         Ok(Measures { perplexity, facts })
     }
 
+    /// Perplexity alone.
+    pub fn perplexity(&self, model: &Model) -> Result<f64> {
+        Ok(eval::perplexity(model, &self.tokens, self.window, self.window)?.perplexity)
+    }
+
     /// How far the predictions of `other` are from those of `reference`, on at most 8,192 tokens.
     pub fn compare(&self, reference: &Model, other: &Model) -> Result<eval::Comparison> {
         let tokens = self.tokens.get(..self.tokens.len().min(8192)).unwrap_or_default();

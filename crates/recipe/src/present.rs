@@ -89,6 +89,9 @@ pub fn quantize(
     if let Some(worst) = worst(&outcome.layers) {
         worst_layer(report.section("The worst layer"), worst);
     }
+    if outcome.layers.iter().any(|l| l.details.contains_key("dim")) {
+        directions(report.section("Direction of groups"), &outcome.layers);
+    }
     if !outcome.layers.is_empty() {
         report.section("Layers").push(layer_table(&outcome.layers));
     }
@@ -226,6 +229,61 @@ fn worst_layer(section: &mut Section, layer: &LayerResult) {
                 .values("groups", &counts),
         );
     }
+}
+
+/// Which way the groups of every layer run, and the measurements that decided it.
+fn directions(section: &mut Section, layers: &[LayerResult]) {
+    let along_output = |l: &&LayerResult| l.details.get("dim").is_some_and(|v| v == "ic");
+    let count = layers.iter().filter(along_output).count();
+    let weights = |l: &LayerResult| (l.shape[0] * l.shape[1]) as f64;
+    let all: f64 = layers.iter().map(weights).sum();
+    let share = layers.iter().filter(along_output).map(weights).sum::<f64>() / all.max(1.0);
+    section.text(format!(
+        "{count} of {} layers ({} of the weights) hold groups along the output, inside one input \
+         channel; the others along the input.",
+        layers.len(),
+        human::percent(share)
+    ));
+    let measured = layers.iter().any(|l| l.details.contains_key("error_oc"));
+    if !measured {
+        section.text("The direction was given; nothing was measured to choose it.");
+    }
+    let mut columns = vec![Column::left("layer"), Column::left("groups along")];
+    if measured {
+        section.text(
+            "Errors are mean squared changes at the named output on calibration tokens, each layer \
+             with the layers before it already quantised. The outlier is the largest mean magnitude \
+             of an input channel over the median one.",
+        );
+        columns.extend([
+            Column::left("judged by"),
+            Column::right("error along input"),
+            Column::right("error along output"),
+            Column::right("output / input"),
+            Column::right("outlier"),
+        ]);
+    }
+    let mut table = Table::new("", columns);
+    for layer in layers {
+        let text = |key: &str| layer.details.get(key).and_then(|v| v.as_str()).unwrap_or_default();
+        let number = |key: &str| layer.details.get(key).and_then(|v| v.as_f64());
+        let direction = if text("dim") == "ic" { "output" } else { "input" };
+        let mut row = vec![Cell::text(&layer.module), Cell::text(direction)];
+        if measured {
+            let (oc, ic) = (number("error_oc"), number("error_ic"));
+            let error = |e: Option<f64>| e.map_or(Cell::Empty, |e| Cell::text(format!("{e:.4e}")));
+            let ratio = oc.zip(ic).filter(|(oc, _)| *oc > 0.0).map(|(oc, ic)| ic / oc);
+            row.extend([
+                Cell::text(text("judged_by")),
+                error(oc),
+                error(ic),
+                ratio.map_or(Cell::Empty, |r| Cell::Float(r, 3)),
+                number("outlier").map_or(Cell::Empty, |o| Cell::Float(o, 1)),
+            ]);
+        }
+        table.push(row);
+    }
+    section.push(table);
 }
 
 fn layer_table(layers: &[LayerResult]) -> Block {

@@ -3,8 +3,9 @@
 //! Plan, measure, stream, measure again, report. The mathematics is in `compress`.
 
 use crate::measure::{MeasureOptions, Measurement, Measures};
-use crate::{Error, Result, present};
-use compress::{Outcome, Plan, QuantizeOptions, Target};
+use crate::{Error, Result, present, widths};
+use compress::layerwise_quant::{self, Settings};
+use compress::{Calibration, Outcome, Plan, QuantizeOptions, Target};
 use data::Tokenizer;
 use data::almanac::{Almanac, Split};
 use nn::Model;
@@ -41,6 +42,8 @@ pub struct Finished {
     pub bytes: (u64, u64),
     /// Seconds spent quantising.
     pub seconds: f64,
+    /// The widths of its layers, where they are not all the same.
+    pub schedule: Option<layerwise_quant::Schedule>,
     /// The report that lies in the output directory.
     pub report: report::Report,
 }
@@ -63,9 +66,22 @@ impl QuantizeJob {
     pub fn run(&self) -> Result<Finished> {
         let model = Model::open(&self.model)?;
         let plan = Plan::new(&model.decoder, &model.checkpoint, &self.options)?;
-        report::note(&present::plan_line(&plan, &self.options));
         let started = Instant::now();
-        let outcome = match self.stream(&model, &plan) {
+        let calibration = self.calibration(&model)?;
+        let resolved = self.resolve(&model, &calibration)?;
+        let (plan, options) = match &resolved {
+            Some(r) => (Plan::new(&model.decoder, &model.checkpoint, &r.options)?, &r.options),
+            None => (plan, &self.options),
+        };
+        report::note(&present::plan_line(&plan, options));
+        if let Some(r) = &resolved {
+            let schedule = &r.schedule;
+            report::note(&format!(
+                "bits per weight by {}: {:.3} in codes, {:.3} with scales and zero points",
+                schedule.by, schedule.average_bits, schedule.effective_bits_per_weight
+            ));
+        }
+        let outcome = match self.stream(&model, &plan, options, &calibration) {
             Ok(outcome) => outcome,
             // A resumed job whose output stands already only lacks its report.
             Err(Error::Compress(compress::Error::Store(store::Error::Complete { path }))) => {
@@ -79,8 +95,22 @@ impl QuantizeJob {
         let bytes = (model.checkpoint.total_bytes(), quantised.checkpoint.total_bytes());
         let measures =
             if self.measure.skip { None } else { Some(self.measure(&model, &quantised)?) };
-        let report =
+        let mut report =
             present::quantize(self, &outcome, measures.as_ref(), bytes, seconds, &model.decoder);
+        if let Some(r) = &resolved {
+            let curve = match self.options.layerwise.curve {
+                0 => Vec::new(),
+                _ => widths::curve(self, &model, r, &calibration)?,
+            };
+            let measured = widths::divergence(self, &r.schedule, &model, &quantised, &calibration)?;
+            widths::describe(&mut report, self, &r.schedule, measured, &curve);
+            let mut json = r.schedule.json();
+            if let Some(object) = json.as_object_mut().filter(|_| !curve.is_empty()) {
+                object.insert("curve".into(), serde_json::to_value(&curve).unwrap_or_default());
+            }
+            let bytes = serde_json::to_vec_pretty(&json).unwrap_or_default();
+            store::write_atomic(&outcome.path.join(layerwise_quant::FILE), &bytes)?;
+        }
         let html = outcome.path.join("report.html");
         store::write_atomic(&html, report.html().as_bytes())?;
         let json = serde_json::to_vec_pretty(&report.json()).unwrap_or_default();
@@ -91,12 +121,34 @@ impl QuantizeJob {
             measures,
             bytes,
             seconds,
+            schedule: resolved.map(|r| r.schedule),
             report,
         })
     }
 
-    fn stream(&self, model: &Model, plan: &Plan) -> Result<Outcome> {
-        let calibration = self.calibration(model)?;
+    /// Decides the widths of layers, where they are not all the same.
+    fn resolve(
+        &self,
+        model: &Model,
+        calibration: &Calibration,
+    ) -> Result<Option<layerwise_quant::Resolved>> {
+        let mut scratch = self.out.clone().into_os_string();
+        scratch.push(".activations");
+        let scratch = PathBuf::from(scratch);
+        let options = &self.options;
+        Ok(layerwise_quant::resolve(&Settings { model, options, calibration, scratch: &scratch })?)
+    }
+
+    fn stream(
+        &self,
+        model: &Model,
+        plan: &Plan,
+        options: &QuantizeOptions,
+        calibration: &Calibration,
+    ) -> Result<Outcome> {
+        // Text that only the schedule looked at decides nothing more.
+        let none = Calibration::none();
+        let calibration = if options.calibrates() { calibration } else { &none };
         let progress = report::Progress::new(
             &format!("quantize ({})", self.options.method.slug()),
             plan.blocks.len() as u64,
@@ -108,7 +160,7 @@ impl QuantizeJob {
             overwrite: self.overwrite,
             provenance: self.provenance(model)?,
         };
-        let outcome = compress::run(model, plan, &self.options, &calibration, &target, &progress)?;
+        let outcome = compress::run(model, plan, options, calibration, &target, &progress)?;
         if outcome.resumed_blocks > 0 {
             report::note(&format!(
                 "resumed: {} of {} blocks were done already",
@@ -120,9 +172,9 @@ impl QuantizeJob {
     }
 
     /// The calibration windows, if the job looks at activations.
-    fn calibration(&self, model: &Model) -> Result<compress::Calibration> {
-        if !self.options.calibrates() {
-            return Ok(compress::Calibration::none());
+    fn calibration(&self, model: &Model) -> Result<Calibration> {
+        if !self.options.needs_text() {
+            return Ok(Calibration::none());
         }
         Ok(compress::calibration::windows(
             &self.options.calibration,

@@ -8,6 +8,7 @@
 //!
 //! Keys are those of the command line. A key that does not exist is refused with the nearest one.
 
+use crate::convert::{ConvertJob, ConvertOptions, Converted};
 use crate::measure::MeasureOptions;
 use crate::quantize::{Finished, QuantizeJob};
 use crate::{Error, Result};
@@ -34,6 +35,8 @@ pub enum Stage {
     Train(TrainStage),
     /// Quantise; the next stage reads the result
     Quantize(Box<QuantizeStage>),
+    /// Write another container; the next stage reads it
+    Convert(Box<ConvertStage>),
     /// Measure and print
     Evaluate(MeasureOptions),
 }
@@ -63,12 +66,27 @@ pub struct QuantizeStage {
     pub measure: MeasureOptions,
 }
 
+/// A conversion: the options of `strata convert`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(default)]
+pub struct ConvertStage {
+    /// Output: a directory, or for GGUF a file
+    pub out: PathBuf,
+    /// Replace an existing output
+    pub overwrite: bool,
+    /// Options
+    #[serde(flatten)]
+    pub options: ConvertOptions,
+}
+
 /// What a stage left behind.
 pub enum StageResult {
     /// A trained model.
     Trained(train::TrainOutcome),
     /// A quantised model.
     Quantized(Box<Finished>),
+    /// A converted model.
+    Converted(Converted),
     /// A measurement.
     Measured(Box<crate::measure::Measures>),
 }
@@ -128,6 +146,17 @@ impl Recipe {
                     let finished = job.run()?;
                     current = Some(finished.path.clone());
                     StageResult::Quantized(Box::new(finished))
+                }
+                Stage::Convert(stage) => {
+                    let job = ConvertJob {
+                        model: input()?,
+                        out: stage.out.clone(),
+                        options: stage.options.clone(),
+                        overwrite: stage.overwrite || resume,
+                    };
+                    let converted = job.run()?;
+                    current = Some(converted.path.clone());
+                    StageResult::Converted(converted)
                 }
                 Stage::Evaluate(options) => {
                     let model = nn::Model::open(&input()?)?;

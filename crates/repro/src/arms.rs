@@ -178,18 +178,15 @@ pub fn measure(
 }
 
 /// Calibration windows: 32 random ones of 128 tokens (16 when fast).
-pub(crate) fn calibration(
-    settings: &Settings,
-    subject: &Subject,
-    seed: u64,
-) -> Result<Calibration> {
+pub fn calibration(settings: &Settings, subject: &Subject, seed: u64) -> Result<Calibration> {
     let count = if settings.fast { 16 } else { 32 };
     let (length, documents) = (subject.window, &subject.calibration);
     let windows = text::calibration_random(documents, &subject.tokenizer, count, length, seed)?;
     Ok(Calibration::new(windows.tokens, windows.length)?)
 }
 
-pub(crate) fn run(
+/// Quantises a subject; the perplexity that comes out, and what every layer cost.
+pub fn run(
     settings: &Settings,
     subject: &Subject,
     model: &Model,
@@ -214,7 +211,8 @@ pub(crate) fn run(
     Ok((value, outcome.layers))
 }
 
-pub(crate) fn perplexity(model: &Model, subject: &Subject) -> Result<f64> {
+/// Perplexity of a model on the subject's held-out text.
+pub fn perplexity(model: &Model, subject: &Subject) -> Result<f64> {
     let tokens = &subject.evaluation;
     Ok(eval::perplexity(model, tokens, subject.window, subject.window)?.perplexity)
 }

@@ -28,7 +28,11 @@ pub(crate) fn copy_atomic(from: &Path, path: &Path) -> Result<()> {
     })
 }
 
-fn replace(path: &Path, fill: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
+/// Puts what `fill` writes into a temporary file in the place of `path`.
+pub(crate) fn replace<E: From<Error>>(
+    path: &Path,
+    fill: impl FnOnce(&mut File) -> std::result::Result<(), E>,
+) -> std::result::Result<(), E> {
     let directory = parent(path);
     let mut temporary = tempfile::Builder::new()
         .prefix(".strata-")
@@ -39,7 +43,7 @@ fn replace(path: &Path, fill: impl FnOnce(&mut File) -> Result<()>) -> Result<()
     temporary.as_file().sync_all().map_err(|e| Error::io(path, "sync", e))?;
     set_ordinary_mode(temporary.as_file()).map_err(|e| Error::io(path, "set the mode of", e))?;
     temporary.persist(path).map_err(|e| Error::io(path, "rename into place", e.error))?;
-    sync_directory(&directory)
+    Ok(sync_directory(&directory)?)
 }
 
 /// Temporary files are private (0600); a result should be readable as any new file is.

@@ -16,6 +16,7 @@ use crate::convert;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::gguf;
+use crate::packed::sparse;
 use crate::source::{Entry, Source, TensorInfo};
 
 mod locate;
@@ -86,6 +87,8 @@ struct Inner {
     /// Sorted by name.
     entries: Vec<Entry>,
     by_name: HashMap<String, usize>,
+    /// Bytes on disk of tensors that take other than their own number (sparse ones).
+    stored: HashMap<String, u64>,
     config: OnceLock<Value>,
     /// Metadata and configuration of a GGUF file; its entries stand above.
     gguf: Option<gguf::Gguf>,
@@ -99,7 +102,7 @@ impl Checkpoint {
     /// When nothing usable is there, or any file is malformed.
     pub fn open(path: &Path) -> Result<Self> {
         let found = locate::find(path)?;
-        let mut entries = found.entries;
+        let (mut entries, stored) = sparse::merge(found.entries)?;
         entries.sort_by(|a, b| a.info.name.cmp(&b.info.name));
         let mut by_name = HashMap::with_capacity(entries.len());
         for (i, entry) in entries.iter().enumerate() {
@@ -116,6 +119,7 @@ impl Checkpoint {
                 container: found.container,
                 entries,
                 by_name,
+                stored,
                 config: OnceLock::new(),
                 gguf: found.gguf,
             }),
@@ -322,9 +326,20 @@ impl Checkpoint {
         files
     }
 
-    /// Sum of the sizes of all tensors, in bytes.
+    /// Bytes that a tensor takes on disk: [`TensorInfo::nbytes`], except for matrices that are stored
+    /// sparse.
+    ///
+    /// # Errors
+    /// When there is no such tensor.
+    pub fn stored_bytes(&self, name: &str) -> Result<u64> {
+        let info = self.info(name)?;
+        Ok(self.inner.stored.get(name).copied().unwrap_or(info.nbytes))
+    }
+
+    /// Sum of the sizes of all tensors on disk, in bytes.
     pub fn total_bytes(&self) -> u64 {
-        self.infos().map(|i| i.nbytes).fold(0, u64::saturating_add)
+        let stored = |i: &TensorInfo| self.inner.stored.get(&i.name).copied().unwrap_or(i.nbytes);
+        self.infos().map(stored).fold(0, u64::saturating_add)
     }
 
     /// Metadata of a GGUF file.

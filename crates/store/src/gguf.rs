@@ -1,9 +1,11 @@
-//! GGUF files (versions 2 and 3, little endian): header, metadata, tensors, dequantisation.
+//! GGUF files (versions 2 and 3, little endian): header, metadata, tensors, dequantisation and
+//! quantisation.
 //!
 //! The rest of the crate sees a GGUF file as a checkpoint in Hugging Face layout: [`open`] renames
 //! tensors, undoes what the usual converters did to the values (rotary row order of Llama, fused
 //! qkv of GPT-NeoX, the `+1` of Gemma norms, the transposition of GPT-2), lazily, and writes a
 //! `config.json` from the metadata. What a tokenizer does with the vocabulary is left to `data`.
+//! [`write()`] writes a file, [`Export`] gives the names for it, [`quantize`] the blocks.
 
 mod config;
 mod dequant;
@@ -11,6 +13,8 @@ mod layout;
 mod metadata;
 mod names;
 mod parse;
+pub mod quantize;
+mod write;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -21,10 +25,12 @@ use memmap2::{Mmap, MmapMut};
 
 pub use self::dequant::{dequantize, readable};
 pub use self::metadata::{Array, Metadata, Tokenizer, Value};
+pub use self::names::{Change, Export};
 pub use self::parse::{Header, Tensor};
+pub use self::write::{TensorPlan, write};
 pub use crate::dtype::GgmlType;
 
-use self::names::{Change, Family, Heads};
+use self::names::{Family, Heads};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::source::{Entry, Source, TensorInfo};

@@ -32,6 +32,8 @@ mod config;
 mod fetch;
 mod gptq;
 pub mod own;
+mod regex;
+pub mod sparse;
 #[cfg(test)]
 mod tests;
 
@@ -264,6 +266,27 @@ pub fn check_packable(layout: Layout, module: &str, m: &QuantizedMatrix) -> Resu
         return Err(Error::packed(module, format!("the shape [{rows}, {columns}] is empty")));
     }
     Ok(())
+}
+
+/// Bytes of the tensors that [`pack`] makes of such a matrix, by shape and grid alone.
+pub fn stored_bytes(layout: Layout, m: &QuantizedMatrix) -> u64 {
+    let (rows, columns, groups) = (m.out_features, m.in_features, m.groups());
+    let words = |codes: usize| 4 * bits::words_for(codes, m.bits);
+    let scales = 2 * rows * groups;
+    let bytes = match layout {
+        Layout::CompressedTensors => {
+            let zeros = if m.symmetric { 0 } else { words(rows) * groups };
+            rows * words(columns) + scales + zeros + 16
+        }
+        Layout::AutoAwq => columns * words(rows) + scales + groups * words(rows),
+        Layout::Gptq { .. } => rows * words(columns) + scales + groups * words(rows) + 4 * columns,
+        Layout::Strata => {
+            let zeros = if m.symmetric { 0 } else { rows * words(groups) };
+            let index = if m.group_index.is_some() { 4 * columns } else { 0 };
+            rows * words(columns) + scales + zeros + index
+        }
+    };
+    bytes as u64
 }
 
 /// The divisors of `n` from 8 up, for a message.

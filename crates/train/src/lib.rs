@@ -6,6 +6,7 @@
 //!    Loader   documents -> token windows, a pure function of (seed, epoch)
 //!    loss     hidden states -> head fused with cross-entropy -> Grads
 //!    Chain    Grads -> clip -> ... -> AdamW, in place on Params
+//!    classify labels of any nn::Network instead of next tokens; masks; fine-tuning
 //!    state    parameters + optimiser + position on disk, so that a kill costs nothing but time
 //! ```
 //! What a network computes is `nn`'s business, what a kernel computes is `tensor`'s, how a
@@ -14,6 +15,7 @@
 
 pub mod adamw;
 pub mod chat;
+pub mod classify;
 pub mod config;
 pub mod error;
 pub mod gradients;

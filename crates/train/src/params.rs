@@ -11,15 +11,26 @@ use crate::{
     state::{Saved, StateTensor, Values},
 };
 use method::Pattern;
-use nn::{Decoder, Leaf as Part, Name, Weights};
+use nn::{Decoder, Leaf as Part, Name, Network, Observed, Weights};
 use std::collections::HashMap;
 use tensor::{Device, Tensor, host, ops};
 
-/// A parameter: a vector (norms, biases) or a matrix as the checkpoint stores it.
+/// A parameter: a vector (norms, biases) or a matrix as the checkpoint stores it; kernels of
+/// convolutions and positions of images are matrices of the same values.
 #[derive(Clone, Debug)]
 enum Leaf {
     Vector(Tensor<1>),
     Matrix(Tensor<2>),
+}
+
+impl Leaf {
+    /// The same values as a leaf that records a gradient or does not.
+    fn tracked(&self, on: bool) -> Self {
+        match self {
+            Leaf::Vector(t) => Leaf::Vector(t.clone().detach().set_require_grad(on)),
+            Leaf::Matrix(t) => Leaf::Matrix(t.clone().detach().set_require_grad(on)),
+        }
+    }
 }
 
 struct Entry {
@@ -27,6 +38,8 @@ struct Entry {
     shape: Vec<usize>,
     leaf: Leaf,
     trainable: bool,
+    /// Running statistics: never trained.
+    buffer: bool,
 }
 
 /// Named parameters in the order of the network.
@@ -42,14 +55,14 @@ impl Params {
         Self { entries: Vec::new(), index: HashMap::new(), device: None }
     }
 
-    /// The parameters that `decoder` names, from a checkpoint in any floating-point format, all
-    /// trainable.
+    /// The parameters that `network` names, from a checkpoint in any floating-point format, all
+    /// trainable but for running statistics.
     ///
     /// # Errors
     /// A tensor that is missing or has another shape than the config says.
-    pub fn from_checkpoint(decoder: &Decoder, checkpoint: &store::Checkpoint) -> Result<Self> {
+    pub fn from_checkpoint(network: &dyn Network, checkpoint: &store::Checkpoint) -> Result<Self> {
         let mut params = Self::on_cpu()?;
-        for (name, shape) in init::tensors(decoder) {
+        for (name, shape) in init::tensors(network) {
             let info = checkpoint.info(&name)?;
             if info.shape != shape {
                 return Err(Error::Shape {
@@ -74,11 +87,23 @@ impl Params {
         Ok(params)
     }
 
+    /// Fresh parameters of any network, all trainable but for running statistics: matrices, kernels
+    /// and their biases uniform within one over the root of the inputs (PyTorch's default), class
+    /// tokens and positions normal with standard deviation 0.02, gains 1, the rest 0.
+    pub fn fresh(network: &dyn Network, seed: u64) -> Result<Self> {
+        let mut params = Self::on_cpu()?;
+        for (name, shape, values) in init::fresh(network, seed) {
+            params.insert(&name, &shape, values)?;
+        }
+        Ok(params)
+    }
+
     fn on_cpu() -> Result<Self> {
         Ok(Self { device: Some(tensor::device("cpu")?.autodiff()), ..Self::empty() })
     }
 
-    /// Adds a trainable parameter of one or two dimensions.
+    /// Adds a parameter of up to four dimensions; trainable, unless its name is that of running
+    /// statistics.
     pub fn insert(&mut self, name: &str, shape: &[usize], values: Vec<f32>) -> Result<()> {
         let refuse = |expected: String| Error::Shape {
             name: name.to_string(),
@@ -98,16 +123,39 @@ impl Params {
         let leaf = match *shape {
             [n] => Leaf::Vector(host::from_vec(values, [n], &device).require_grad()),
             [m, n] => Leaf::Matrix(host::from_vec(values, [m, n], &device).require_grad()),
-            _ => return Err(refuse("one or two dimensions".into())),
+            [1, m, n] => Leaf::Matrix(host::from_vec(values, [m, n], &device).require_grad()),
+            [m, n, h, w] => {
+                Leaf::Matrix(host::from_vec(values, [m, n * h * w], &device).require_grad())
+            }
+            _ => return Err(refuse("one, two or four dimensions, or three with one row".into())),
         };
+        let buffer = name.ends_with(".running_mean") || name.ends_with(".running_var");
         self.device = Some(device);
         self.index.insert(name.to_string(), self.entries.len());
         self.entries.push(Entry {
             name: name.to_string(),
             shape: shape.to_vec(),
-            leaf,
-            trainable: true,
+            leaf: if buffer { leaf.tracked(false) } else { leaf },
+            trainable: !buffer,
+            buffer,
         });
+        Ok(())
+    }
+
+    /// Moves running statistics towards those of a batch.
+    ///
+    /// # Errors
+    /// A normalisation that is not among the parameters, or has another width.
+    pub fn observe(&mut self, observed: &[Observed]) -> Result<()> {
+        for seen in observed {
+            let [mean, variance] =
+                ["running_mean", "running_var"].map(|leaf| format!("{}.{leaf}", seen.module));
+            let (mut means, mut variances) =
+                (self.read(&mean, <[f32]>::to_vec)?, self.read(&variance, <[f32]>::to_vec)?);
+            seen.update(&mut means, &mut variances);
+            self.write(&mean, |v| v.copy_from_slice(&means))?;
+            self.write(&variance, |v| v.copy_from_slice(&variances))?;
+        }
         Ok(())
     }
 
@@ -128,12 +176,9 @@ impl Params {
         }
         for entry in &mut self.entries {
             let wanted = trainable.is_none_or(|t| t.iter().any(|p| p.matches(&entry.name)));
-            entry.trainable = wanted && !frozen.iter().any(|p| p.matches(&entry.name));
-            let on = entry.trainable;
-            match &mut entry.leaf {
-                Leaf::Vector(t) => *t = t.clone().detach().set_require_grad(on),
-                Leaf::Matrix(t) => *t = t.clone().detach().set_require_grad(on),
-            }
+            entry.trainable =
+                wanted && !entry.buffer && !frozen.iter().any(|p| p.matches(&entry.name));
+            entry.leaf = entry.leaf.tracked(entry.trainable);
         }
         if !self.entries.iter().any(|e| e.trainable) {
             return Err(crate::error::config("trainable", "leaves no parameter to train"));

@@ -16,7 +16,8 @@ use crate::paths;
 #[derive(clap::Args)]
 #[command(after_help = "Examples:\n  strata eval samples/almanac-3m --task facts\n  \
     strata eval MODEL --task perplexity --text test.txt --window 512 --stride 256\n  \
-    strata eval MODEL --task perplexity --text test.txt --at-most 12   # exit code 1 above 12")]
+    strata eval MODEL --task perplexity --text test.txt --at-most 12   # exit code 1 above 12\n  \
+    strata eval MODEL --task images --data test_batch.bin.gz")]
 pub struct Args {
     /// Model directory or file, plain or quantised
     model: PathBuf,
@@ -29,6 +30,15 @@ pub struct Args {
     /// Questions for choice: JSONL of {"question", "choices", "answer"}
     #[arg(long, value_name = "FILE", required_if_eq("task", "choice"))]
     questions: Option<PathBuf>,
+    /// Labelled images for images: CIFAR-10 records or IDX, plain or gzipped
+    #[arg(long, value_name = "FILE", required_if_eq("task", "images"))]
+    data: Option<PathBuf>,
+    /// Labels of IDX images [default: the file beside them, labels-idx1 for images-idx3]
+    #[arg(long, value_name = "FILE", requires = "data")]
+    labels: Option<PathBuf>,
+    /// Use only the first N images
+    #[arg(long, value_name = "N", requires = "data")]
+    images: Option<usize>,
     /// Facts for facts: the facts.json of `strata data almanac` [default: the almanac that the
     /// model was trained on, or the embedded one]
     #[arg(long, value_name = "FILE")]
@@ -67,6 +77,8 @@ enum Task {
     Facts,
     /// Multiple choice by log-likelihood
     Choice,
+    /// How often an image gets the right label (resnet, vit, mlp)
+    Images,
 }
 
 /// A measured result: for people, for scripts, and the one number that thresholds look at.
@@ -80,21 +92,18 @@ struct Measured {
 /// Measures.
 pub fn run(args: &Args) -> Result<()> {
     paths::existing("model", &args.model)?;
-    for (what, path) in
-        [("text", &args.text), ("questions", &args.questions), ("facts", &args.facts)]
-    {
+    for (what, path) in [
+        ("text", &args.text),
+        ("questions", &args.questions),
+        ("facts", &args.facts),
+        ("data", &args.data),
+        ("labels", &args.labels),
+    ] {
         if let Some(path) = path {
             paths::existing(what, path)?;
         }
     }
-    let model = Model::open(&args.model)?;
-    let tokenizer = Tokenizer::from_checkpoint(&model.checkpoint)?;
-    let measured = match args.task {
-        Task::Perplexity => perplexity(args, &model, &tokenizer)?,
-        Task::Accuracy => accuracy(args, &model, &tokenizer)?,
-        Task::Facts => facts(args, &model, &tokenizer)?,
-        Task::Choice => choice(args, &model, &tokenizer)?,
-    };
+    let measured = if args.task == Task::Images { images(args)? } else { language(args)? };
     let mut out = Output::new();
     if args.json {
         out.json(&measured.json)?;
@@ -107,6 +116,45 @@ pub fn run(args: &Args) -> Result<()> {
         write_json(path, &measured.json)?;
     }
     check(args, &measured)
+}
+
+/// The tasks of language models.
+fn language(args: &Args) -> Result<Measured> {
+    let model = Model::open(&args.model)?;
+    let tokenizer = Tokenizer::from_checkpoint(&model.checkpoint)?;
+    match args.task {
+        Task::Perplexity => perplexity(args, &model, &tokenizer),
+        Task::Accuracy => accuracy(args, &model, &tokenizer),
+        Task::Facts => facts(args, &model, &tokenizer),
+        Task::Choice => choice(args, &model, &tokenizer),
+        Task::Images => images(args),
+    }
+}
+
+fn images(args: &Args) -> Result<Measured> {
+    let Some(path) = &args.data else {
+        return Err(Failure::error("--task images needs --data FILE"));
+    };
+    let model = nn::open_network(&args.model)?;
+    let mut images = data::Images::load(path, args.labels.as_deref())?;
+    if let Some(limit) = args.images {
+        images.truncate(limit);
+    }
+    let (network, weights) = (model.network.as_ref(), model.weights.as_ref());
+    eval::check_images(network, &images)?;
+    let progress = Progress::new("images", images.len() as u64, "images");
+    let scores = eval::classify_with(network, weights, &images, &progress)?;
+    progress.finish();
+    let mut tables = vec![scores.table()];
+    if report::verbosity() > 0 {
+        tables.push(scores.class_table());
+    }
+    Ok(Measured {
+        tables,
+        name: "top-1 accuracy",
+        figure: scores.accuracy,
+        json: serde_json::to_value(scores)?,
+    })
 }
 
 /// The thresholds. A result that is not a number holds nothing.

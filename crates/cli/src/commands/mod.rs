@@ -1,6 +1,7 @@
 //! The verbs, one file each.
 
 pub mod completions;
+pub mod convert;
 pub mod data;
 pub mod eval;
 pub mod generate;
@@ -20,6 +21,8 @@ pub enum Command {
     Inspect(inspect::Args),
     /// Make a checkpoint smaller and report what that cost
     Quantize(Box<quantize::Args>),
+    /// Write a checkpoint in another container: safetensors, GGUF, packed and sparse formats
+    Convert(Box<convert::Args>),
     /// Measure a model: perplexity, accuracy, facts, multiple choice
     Eval(eval::Args),
     /// Continue a text
@@ -43,6 +46,7 @@ pub fn run(command: Command) -> Result<()> {
     match command {
         Command::Inspect(args) => inspect::run(&args),
         Command::Quantize(args) => quantize::run(*args),
+        Command::Convert(args) => convert::run(*args),
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Train(args) => train::run(&args),

@@ -61,6 +61,7 @@ fn stage_text(result: &StageResult) -> String {
             brief(&finished.report).terminal(style),
             finished.path.join("report.html").display()
         ),
+        StageResult::Converted(converted) => converted.report().terminal(style) + "\n",
         StageResult::Measured(measures) => {
             let mut text = measures.perplexity.table().terminal(style);
             if let Some(facts) = &measures.facts {
@@ -79,6 +80,9 @@ fn stage_json(result: &StageResult) -> Result<Value> {
         }
         StageResult::Quantized(finished) => {
             json!({"stage": "quantize", "out": finished.path, "result": finished.report.json()})
+        }
+        StageResult::Converted(converted) => {
+            json!({"stage": "convert", "out": converted.path, "result": converted})
         }
         StageResult::Measured(measures) => {
             json!({"stage": "evaluate", "result": serde_json::to_value(measures.as_ref())?})

@@ -3,11 +3,13 @@
 //! refuses. The mathematics of the methods is tested beside it, in the crate.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod adadim;
 mod awq;
 mod common;
 mod durable;
 mod families;
 mod gptq;
+mod layerwise;
 mod packed;
 mod refuse;
 mod rsq;

@@ -10,6 +10,8 @@ use std::path::Path;
 pub(crate) enum Split {
     /// GPT-2's expression.
     Gpt2,
+    /// Single digits, then GPT-2's expression.
+    Digits,
     /// A regular expression given here.
     Expression(&'static str),
 }
@@ -27,9 +29,15 @@ pub(crate) fn byte_level(
     let added: Vec<Value> = special.iter().map(|(id, text)| added_token(*id, text, true)).collect();
     let merges: Vec<Value> = merges.iter().map(|(a, b)| json!([a, b])).collect();
     let byte_level = json!({"type": "ByteLevel", "add_prefix_space": add_prefix_space,
-        "trim_offsets": true, "use_regex": split == Split::Gpt2});
+        "trim_offsets": true, "use_regex": matches!(split, Split::Gpt2 | Split::Digits)});
     let pre_tokenizer = match split {
         Split::Gpt2 => byte_level,
+        Split::Digits => {
+            let digits = json!({"type": "Digits", "individual_digits": true});
+            // After digits, every piece would get a space of its own.
+            let order = if add_prefix_space { [byte_level, digits] } else { [digits, byte_level] };
+            json!({"type": "Sequence", "pretokenizers": order})
+        }
         Split::Expression(expression) => json!({"type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": false},
             byte_level,

@@ -3,7 +3,7 @@
 //! Two kinds are read: `llama` (sentencepiece BPE with scores) and `gpt2` (byte-level BPE with
 //! merges, split by one of a few known expressions).
 
-use super::convert::{Split, added_token, byte_level, marks, merge_pair};
+use super::convert::{Split, added_token, byte_level, marks as mark_processor, merge_pair};
 use super::sentencepiece::{Algorithm, Kind, Model, Piece};
 use serde_json::{Value, json};
 use store::gguf::Metadata;
@@ -11,9 +11,9 @@ use store::gguf::Metadata;
 type Parsed<T> = std::result::Result<T, String>;
 
 /// Llama 3's split, as llama.cpp calls it.
-const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+pub(super) const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// Qwen 2's split: one digit at a time.
-const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+pub(super) const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// A vocabulary with its rules.
 #[derive(Clone, Debug)]
@@ -27,6 +27,15 @@ pub(super) struct Vocabulary {
     pub add_begin: bool,
     pub add_end: bool,
     pub add_space_prefix: bool,
+    pub remove_extra_whitespaces: bool,
+}
+
+/// The id that begins a text, and those at which generation stops.
+pub(super) fn marks(metadata: &Metadata) -> (Option<u32>, Vec<u32>) {
+    let id = |name: &str| metadata.get_u32(&format!("tokenizer.ggml.{name}_token_id"));
+    let end = id("eos");
+    let turn = id("eot").filter(|id| Some(*id) != end);
+    (id("bos"), end.into_iter().chain(turn).collect())
 }
 
 impl Vocabulary {
@@ -92,6 +101,7 @@ impl Vocabulary {
             add_begin: flag("add_bos_token").unwrap_or(llama),
             add_end: flag("add_eos_token").unwrap_or(false),
             add_space_prefix: flag("add_space_prefix").unwrap_or(llama),
+            remove_extra_whitespaces: flag("remove_extra_whitespaces").unwrap_or(false),
         })
     }
 
@@ -108,7 +118,7 @@ impl Vocabulary {
                 begin: mark(self.begin),
                 end: mark(self.end),
                 add_dummy_prefix: self.add_space_prefix,
-                remove_extra_whitespaces: false,
+                remove_extra_whitespaces: self.remove_extra_whitespaces,
                 ..Model::default()
             };
             model.validate()?;
@@ -130,7 +140,7 @@ impl Vocabulary {
         let text = |id: Option<u32>| {
             id.and_then(|id| Some((id, self.pieces.get(id as usize)?.text.as_str())))
         };
-        let post = marks(text(begin), text(end));
+        let post = mark_processor(text(begin), text(end));
         let vocabulary = Value::Object(vocabulary);
         let mut json =
             byte_level(&vocabulary, &self.merges, &special, split, self.add_space_prefix, post);
@@ -147,8 +157,9 @@ fn split_of(name: Option<&str>) -> Parsed<Split> {
         "default" | "gpt-2" | "gpt2" | "olmo" | "mpt" | "phi-2" => Ok(Split::Gpt2),
         "llama-bpe" | "llama3" | "llama-v3" => Ok(Split::Expression(LLAMA3)),
         "qwen2" => Ok(Split::Expression(QWEN2)),
+        "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" => Ok(Split::Digits),
         other => Err(format!(
-            "tokenizer.ggml.pre is {other:?}; read are \"gpt-2\", \"llama-bpe\" and \"qwen2\" \
+            "tokenizer.ggml.pre is {other:?}; read are \"gpt-2\", \"llama-bpe\", \"qwen2\" and \"smollm\" \
              (put the model's tokenizer.json into a directory with its weights instead)"
         )),
     }

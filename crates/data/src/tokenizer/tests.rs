@@ -116,6 +116,7 @@ fn a_gguf_vocabulary_with_scores_tokenises_as_sentencepiece() {
         add_begin: true,
         add_end: false,
         add_space_prefix: true,
+        remove_extra_whitespaces: false,
     };
     let gguf = built(&vocabulary.to_json().unwrap());
     let file = Tokenizer::from_dir(&dir).unwrap();
@@ -147,6 +148,7 @@ fn a_gguf_vocabulary_with_merges_tokenises_as_byte_level_bpe() {
         add_begin: false,
         add_end: false,
         add_space_prefix: false,
+        remove_extra_whitespaces: false,
     };
     let gguf = built(&vocabulary.to_json().unwrap());
     for text in stories(&data).iter().take(50) {
@@ -231,4 +233,77 @@ fn the_keys_of_a_gguf_file_are_read() {
     let other =
         [("model", 8, gguf_string("gpt2")), ("pre", 8, gguf_string("odd")), ("tokens", 9, texts)];
     assert!(refused(&other).contains("\"odd\""));
+}
+
+/// What reading the metadata gives, with and without the whole tokenizer among them.
+fn through_gguf(tokenizer: &Tokenizer, vocab_size: usize, whole: bool) -> Tokenizer {
+    let mut metadata = tokenizer.to_gguf(vocab_size).unwrap().metadata;
+    if !whole {
+        metadata.retain(|(key, _)| key != "tokenizer.huggingface.json");
+    }
+    metadata.push(("general.architecture".into(), store::gguf::Value::String("llama".into())));
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vocabulary.gguf");
+    let none = |_: &store::gguf::TensorPlan| Ok::<_, store::Error>(Vec::new());
+    store::gguf::write(&path, false, &metadata, &[], none).unwrap();
+    Tokenizer::from_checkpoint(&store::Checkpoint::open(&path).unwrap()).unwrap()
+}
+
+#[test]
+fn gguf_metadata_carry_a_tokenizer() {
+    let Some(data) = shared() else { return };
+    for (path, rows) in [("stories260k", 512), ("tokenizers/gpt2", 50304)] {
+        let original = Tokenizer::from_dir(&data.join(path)).unwrap();
+        for whole in [true, false] {
+            let read = through_gguf(&original, rows, whole);
+            assert_eq!((read.bos(), read.eos()), (original.bos(), original.eos()), "{path}");
+            let odd =
+                ["", " ", "  two  spaces ", "été 🦀", "a\nb\tc", "0123 it's"].map(String::from);
+            for text in stories(&data).iter().take(60).chain(&odd) {
+                let ids = read.encode(text, true).unwrap();
+                assert_eq!(ids, original.encode(text, true).unwrap(), "{path} {text:?}");
+                assert_eq!(read.decode(&ids, true).unwrap(), original.decode(&ids, true).unwrap());
+            }
+        }
+        let error = original.to_gguf(rows / 2).unwrap_err().to_string();
+        assert!(error.contains("embedding has"), "{error}");
+    }
+}
+
+#[test]
+fn the_almanac_tokenizer_through_gguf() {
+    let samples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../samples");
+    let original = Tokenizer::from_dir(&samples.join("almanac-3m-chat")).unwrap();
+    let export = original.to_gguf(2048).unwrap();
+    assert_eq!(export.notes.len(), 2, "{:?}", export.notes);
+    let value = |key: &str| export.metadata.iter().find(|(k, _)| k == key).map(|(_, v)| v);
+    use store::gguf::Value;
+    assert_eq!(value("tokenizer.ggml.pre"), Some(&Value::String("smollm".into())));
+    assert_eq!(value("tokenizer.ggml.add_bos_token"), Some(&Value::Bool(true)));
+    assert_eq!(value("tokenizer.ggml.add_eos_token"), Some(&Value::Bool(false)));
+    let documents = crate::almanac::Almanac::embedded().documents(crate::almanac::Split::Test);
+    for whole in [true, false] {
+        let read = through_gguf(&original, 2048, whole);
+        assert_eq!(read.eos_ids(), original.eos_ids());
+        assert_eq!(read.chat_template(), original.chat_template());
+        for text in documents.texts.iter().take(300) {
+            assert_eq!(read.encode(text, true).unwrap(), original.encode(text, true).unwrap());
+        }
+    }
+}
+
+#[test]
+fn what_gguf_cannot_say_is_refused() {
+    let refused = |json: serde_json::Value, what: &str| {
+        let error = built(&json).to_gguf(10).unwrap_err().to_string();
+        assert!(error.contains(what), "{error}");
+    };
+    let model = serde_json::json!({"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"});
+    refused(serde_json::json!({"version": "1.0", "model": model}), "WordLevel");
+    let bpe = serde_json::json!({"type": "BPE", "vocab": {"a": 0}, "merges": []});
+    let whitespace = serde_json::json!({"type": "Whitespace"});
+    refused(
+        serde_json::json!({"version": "1.0", "pre_tokenizer": whitespace, "model": bpe}),
+        "(Whitespace)",
+    );
 }

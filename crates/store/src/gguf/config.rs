@@ -93,6 +93,16 @@ pub(super) fn synthesise(header: &Header, rope_factors: Option<&[f32]>) -> Resul
     config.insert("vocab_size".into(), json!(vocabulary(header, &fields)?));
     let tied = header.tensor("output.weight").is_none();
     config.insert("tie_word_embeddings".into(), json!(tied));
+    let has = |name: &str| header.tensor(&format!("blk.0.{name}.bias")).is_some();
+    if matches!(family, Family::Llama | Family::Qwen3) && (has("attn_q") || has("attn_output")) {
+        config.insert("attention_bias".into(), json!(true));
+    }
+    if family == Family::Llama && (has("ffn_up") || has("ffn_down")) {
+        config.insert("mlp_bias".into(), json!(true));
+    }
+    if family == Family::GptNeox && !header.tensors.is_empty() && !has("attn_qkv") {
+        config.insert("attention_bias".into(), json!(false));
+    }
     for (key, name) in
         [("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")]
     {
@@ -191,7 +201,8 @@ fn rope_scaling(
     if let Some(factors) = rope_factors {
         let base = fields.float("rope.freq_base").unwrap_or(10000.0);
         let size = fields.optional("rope.dimension_count")?.unwrap_or(head_dim);
-        return llama3_scaling(factors, base, size).map(Some);
+        let original = fields.optional("rope.scaling.original_context_length")?;
+        return llama3_scaling(factors, base, size, original.unwrap_or(8192)).map(Some);
     }
     match fields.metadata.get_str(&fields.key("rope.scaling.type")) {
         None | Some("none") => Ok(None),
@@ -210,21 +221,21 @@ fn rope_scaling(
 }
 
 /// Llama 3 stores its rope scaling as one divisor per frequency. All published models use the same
-/// three constants, so the factor is the largest divisor; anything else is refused, not guessed.
-fn llama3_scaling(factors: &[f32], base: f64, size: u64) -> Result<Json, String> {
+/// constants, so the factor is the largest divisor; anything else is refused, not guessed.
+fn llama3_scaling(factors: &[f32], base: f64, size: u64, original: u64) -> Result<Json, String> {
     const LOW: f64 = 1.0;
     const HIGH: f64 = 4.0;
-    const ORIGINAL: f64 = 8192.0;
+    let length = original as f64;
     let factor = f64::from(factors.iter().copied().fold(1.0, f32::max));
     let fits = factors.len() as u64 == size / 2
         && factors.iter().enumerate().all(|(i, &stored)| {
             let wavelength = std::f64::consts::TAU * base.powf(2.0 * i as f64 / size as f64);
-            let expected = if wavelength < ORIGINAL / HIGH {
+            let expected = if wavelength < length / HIGH {
                 1.0
-            } else if wavelength > ORIGINAL / LOW {
+            } else if wavelength > length / LOW {
                 factor
             } else {
-                let smooth = (ORIGINAL / wavelength - LOW) / (HIGH - LOW);
+                let smooth = (length / wavelength - LOW) / (HIGH - LOW);
                 1.0 / ((1.0 - smooth) / factor + smooth)
             };
             (f64::from(stored) - expected).abs() <= 1e-3 * expected
@@ -237,7 +248,7 @@ fn llama3_scaling(factors: &[f32], base: f64, size: u64) -> Result<Json, String>
         "factor": factor,
         "low_freq_factor": LOW,
         "high_freq_factor": HIGH,
-        "original_max_position_embeddings": ORIGINAL as u64,
+        "original_max_position_embeddings": original,
     }))
 }
 
@@ -294,11 +305,12 @@ mod tests {
         let smooth = (8192.0 / wavelength - 1.0) / 3.0;
         let middle = (1.0 / ((1.0 - smooth) / 8.0 + smooth)) as f32;
         let factors = [1.0, 1.0, 1.0, 1.0, middle, 8.0, 8.0, 8.0];
-        let scaling = llama3_scaling(&factors, 500_000.0, 16).unwrap();
+        let scaling = llama3_scaling(&factors, 500_000.0, 16, 8192).unwrap();
         assert_eq!(scaling["factor"], json!(8.0));
         assert_eq!(scaling["rope_type"], json!("llama3"));
-        assert!(llama3_scaling(&[1.0, 2.0, 1.0, 1.0, 1.0, 8.0, 8.0, 8.0], 5e5, 16).is_err());
-        assert!(llama3_scaling(&factors[..7], 5e5, 16).is_err());
+        assert!(llama3_scaling(&[1.0, 2.0, 1.0, 1.0, 1.0, 8.0, 8.0, 8.0], 5e5, 16, 8192).is_err());
+        assert!(llama3_scaling(&factors, 5e5, 16, 4096).is_err());
+        assert!(llama3_scaling(&factors[..7], 5e5, 16, 8192).is_err());
     }
 
     #[test]

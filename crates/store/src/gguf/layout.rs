@@ -55,19 +55,8 @@ pub(super) fn undo(tensor: &Tensor, change: Change, bytes: &[u8]) -> Result<Vec<
     }
     match change {
         Change::None => Ok(bytes.to_vec()),
-        Change::RotaryRows { heads } => {
-            let half = tensor.shape[0] / heads / 2;
-            gather(tensor, bytes, |row| {
-                let (head, inside) = (row / (2 * half), row % (2 * half));
-                head * 2 * half + 2 * (inside % half) + inside / half
-            })
-        }
-        Change::FusedRows { heads } => {
-            let size = tensor.shape[0] / heads / 3;
-            gather(tensor, bytes, |row| {
-                let (head, part) = (row / (3 * size), row / size % 3);
-                (part * heads + head) * size + row % size
-            })
+        Change::RotaryRows { .. } | Change::FusedRows { .. } => {
+            gather(tensor, bytes, |row| stored_row(change, tensor.shape[0], row))
         }
         Change::Transposed => match tensor.dtype {
             Dtype::Ggml(_) => Ok(transpose::<4>(tensor, &f32_bytes(values(tensor, bytes)?))),
@@ -83,6 +72,49 @@ pub(super) fn undo(tensor: &Tensor, change: Change, bytes: &[u8]) -> Result<Vec<
             values.iter_mut().for_each(|value| *value -= 1.0);
             Ok(f32_bytes(values))
         }
+    }
+}
+
+/// Where row `row` of the Hugging Face order stands in the file; [`plan`] has accepted the change.
+fn stored_row(change: Change, rows: usize, row: usize) -> usize {
+    match change {
+        Change::RotaryRows { heads } => {
+            let half = rows / heads / 2;
+            let (head, inside) = (row / (2 * half), row % (2 * half));
+            head * 2 * half + 2 * (inside % half) + inside / half
+        }
+        Change::FusedRows { heads } => {
+            let size = rows / heads / 3;
+            let (head, part) = (row / (3 * size), row / size % 3);
+            (part * heads + head) * size + row % size
+        }
+        _ => row,
+    }
+}
+
+impl Change {
+    /// Puts the rows of `values` (`rows` rows in Hugging Face order) where the file has them; for
+    /// values, codes, scales or the bytes of blocks.
+    ///
+    /// # Errors
+    /// The reason, when the rows do not divide as the change needs.
+    pub fn arrange<T: Copy>(self, values: &[T], rows: usize) -> Result<Vec<T>, String> {
+        let heads = match self {
+            Self::RotaryRows { heads } => heads.checked_mul(2),
+            Self::FusedRows { heads } => heads.checked_mul(3),
+            _ => return Ok(values.to_vec()),
+        };
+        let fits = heads.is_some_and(|n| n > 0 && rows.is_multiple_of(n));
+        if !fits || rows == 0 || !values.len().is_multiple_of(rows) {
+            return Err(format!("{rows} rows do not divide into the parts of {heads:?} heads"));
+        }
+        let width = values.len() / rows;
+        let mut out = values.to_vec();
+        for (row, values) in values.chunks_exact(width.max(1)).enumerate() {
+            let at = stored_row(self, rows, row) * width;
+            out[at..at + width].copy_from_slice(values);
+        }
+        Ok(out)
     }
 }
 
@@ -157,6 +189,10 @@ mod tests {
         let change = Change::RotaryRows { heads: 2 };
         assert_eq!(plan(&t, change).unwrap(), (Dtype::I8, vec![8]));
         assert_eq!(undo(&t, change, &[0, 2, 1, 3, 4, 6, 5, 7]).unwrap(), [0, 1, 2, 3, 4, 5, 6, 7]);
+        let hf: Vec<u32> = (0..8).collect();
+        assert_eq!(change.arrange(&hf, 8).unwrap(), [0, 2, 1, 3, 4, 6, 5, 7]);
+        assert!(Change::RotaryRows { heads: 3 }.arrange(&hf, 8).is_err());
+        assert_eq!(Change::PlusOne.arrange(&hf, 8).unwrap(), hf);
         assert!(plan(&t, Change::RotaryRows { heads: 3 }).is_err());
         assert!(plan(&t, Change::RotaryRows { heads: 0 }).is_err());
     }
@@ -168,6 +204,7 @@ mod tests {
         let stored = [0, 0, 3, 3, 1, 1, 4, 4, 2, 2, 5, 5];
         let got = undo(&t, Change::FusedRows { heads: 2 }, &stored).unwrap();
         assert_eq!(got, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]);
+        assert_eq!(Change::FusedRows { heads: 2 }.arrange(&got, 6).unwrap(), stored);
     }
 
     #[test]

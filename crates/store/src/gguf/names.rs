@@ -7,7 +7,7 @@ use super::metadata::Metadata;
 
 /// What separates stored values from the Hugging Face ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Change {
+pub enum Change {
     /// Nothing.
     None,
     /// The rows of each of `heads` heads interleave the two rotary halves.
@@ -42,7 +42,11 @@ pub(super) const KNOWN: &str = "llama (also Mistral), qwen2, qwen3, gemma2, gpt2
 
 impl Family {
     pub(super) fn of(metadata: &Metadata) -> Option<Self> {
-        Some(match metadata.architecture()? {
+        Self::parse(metadata.architecture()?)
+    }
+
+    fn parse(architecture: &str) -> Option<Self> {
+        Some(match architecture {
             "llama" | "mistral" => Self::Llama,
             "qwen2" => Self::Qwen2,
             "qwen3" => Self::Qwen3,
@@ -59,6 +63,58 @@ impl Family {
 pub(super) struct Heads {
     pub query: usize,
     pub key: usize,
+}
+
+/// The names of an architecture in the other direction, for writing.
+#[derive(Debug, Clone, Copy)]
+pub struct Export {
+    family: Family,
+    heads: Heads,
+}
+
+/// GGUF names of modules outside the blocks.
+const OUTER: [&str; 4] = ["token_embd", "position_embd", "output_norm", "output"];
+/// GGUF names of the modules of a block.
+const PARTS: [&str; 14] = [
+    "attn_norm",
+    "attn_q",
+    "attn_k",
+    "attn_v",
+    "attn_qkv",
+    "attn_output",
+    "attn_q_norm",
+    "attn_k_norm",
+    "post_attention_norm",
+    "ffn_norm",
+    "post_ffw_norm",
+    "ffn_gate",
+    "ffn_up",
+    "ffn_down",
+];
+
+impl Export {
+    /// The names of `architecture` (as in `general.architecture`), for a network with so many heads;
+    /// `None` for an architecture without a table here.
+    pub fn new(architecture: &str, query_heads: usize, key_heads: usize) -> Option<Self> {
+        let heads = Heads { query: query_heads, key: key_heads };
+        Family::parse(architecture).map(|family| Self { family, heads })
+    }
+
+    /// The GGUF name of a tensor with the standard Hugging Face name `name`, and how the stored
+    /// values differ from it; `None` for a tensor that has no place in such a file.
+    pub fn tensor(&self, name: &str) -> Option<(String, Change)> {
+        let (_, leaf) = name.rsplit_once('.')?;
+        // The block number is the only number between dots.
+        let block = name.split('.').find_map(|part| part.parse::<u32>().ok());
+        let candidates: Vec<String> = match block {
+            Some(i) => PARTS.iter().map(|part| format!("blk.{i}.{part}.{leaf}")).collect(),
+            None => OUTER.iter().map(|stem| format!("{stem}.{leaf}")).collect(),
+        };
+        candidates.into_iter().find_map(|candidate| {
+            let (found, change) = hugging_face(self.family, self.heads, &candidate)?;
+            (found == name).then_some((candidate, change))
+        })
+    }
 }
 
 /// The Hugging Face name of a GGUF tensor and the change to undo; `None` for a tensor that has no
@@ -193,6 +249,35 @@ mod tests {
         assert_eq!(map(Family::Llama, "rope_freqs.weight"), None);
         assert_eq!(map(Family::Llama, "blk.0.attn_q_norm.weight"), None);
         assert_eq!(map(Family::Llama, "blk.x.attn_q.weight"), None);
+    }
+
+    #[test]
+    fn export_is_the_inverse() {
+        for (architecture, family) in [
+            ("llama", Family::Llama),
+            ("qwen2", Family::Qwen2),
+            ("qwen3", Family::Qwen3),
+            ("gemma2", Family::Gemma2),
+            ("gpt2", Family::Gpt2),
+            ("gptneox", Family::GptNeox),
+        ] {
+            let export = Export::new(architecture, 8, 2).unwrap();
+            let blocks = PARTS.iter().map(|part| format!("blk.3.{part}"));
+            let mut seen = 0;
+            for stem in blocks.chain(OUTER.map(String::from)) {
+                for leaf in ["weight", "bias"] {
+                    let stored = format!("{stem}.{leaf}");
+                    if let Some((name, change)) = map(family, &stored) {
+                        assert_eq!(export.tensor(&name), Some((stored, change)), "{name}");
+                        seen += 1;
+                    }
+                }
+            }
+            assert!(seen > 14, "{architecture}: {seen}");
+            assert_eq!(export.tensor("model.layers.0.other.weight"), None);
+            assert_eq!(export.tensor("weight"), None);
+        }
+        assert!(Export::new("opt", 8, 8).is_none());
     }
 
     #[test]

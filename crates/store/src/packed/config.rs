@@ -3,7 +3,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Layout, own};
+use super::{Layout, own, regex};
 use crate::error::{Error, Result};
 
 /// The grid of a linear layer.
@@ -64,9 +64,14 @@ impl QuantConfig {
         Scheme { bits: self.bits, group_size: self.group_size, symmetric: self.symmetric }
     }
 
-    /// The grid that an override gives to exactly this module.
+    /// The grid that an override gives to this module, by name or by a regular expression (`re:`)
+    /// that is simple enough to be read.
     pub fn scheme_of(&self, module: &str) -> Option<&Scheme> {
-        self.overrides.iter().find(|(name, _)| name == module).map(|(_, scheme)| scheme)
+        let names = |target: &str| match target.strip_prefix("re:") {
+            Some(pattern) => regex::matches(pattern, module) == Some(true),
+            None => target == module,
+        };
+        self.overrides.iter().find(|(target, _)| names(target)).map(|(_, scheme)| scheme)
     }
 
     /// Grids that the overrides give, to modules or to patterns of them.
@@ -87,7 +92,7 @@ pub fn config_json(config: &QuantConfig, quantised: &[String], ignored: &[String
     match config.layout {
         Layout::CompressedTensors => compressed_json(config, quantised, &ignore),
         Layout::AutoAwq => awq_json(config, &ignore),
-        Layout::Gptq { v2 } => gptq_json(config, &ignore, v2),
+        Layout::Gptq { v2 } => gptq_json(config, quantised, &ignore, v2),
         Layout::Strata => own::config_json(&config.modules),
     }
 }
@@ -107,12 +112,18 @@ fn compressed_json(config: &QuantConfig, quantised: &[String], ignore: &[String]
             None => groups.push((scheme, vec![module.clone()])),
         }
     }
-    if groups.len() == 1 {
-        groups[0].1 = vec!["Linear".into()];
+    groups.retain(|(_, members)| !members.is_empty());
+    if let [(_, members)] = &mut groups[..] {
+        *members = vec!["Linear".into()];
+    } else {
+        for (_, members) in &mut groups {
+            let patterns = regex::compact(members, quantised);
+            *members = patterns.into_iter().map(|pattern| format!("re:{pattern}")).collect();
+        }
     }
     let actorder = if config.desc_act { json!("weight") } else { Value::Null };
     let mut config_groups = Map::new();
-    for (scheme, targets) in groups.into_iter().filter(|(_, targets)| !targets.is_empty()) {
+    for (scheme, targets) in groups {
         let strategy = if scheme.group_size.is_some() { "group" } else { "channel" };
         let value = json!({
             "targets": targets,
@@ -157,7 +168,7 @@ fn awq_json(config: &QuantConfig, ignore: &[String]) -> Value {
     })
 }
 
-fn gptq_json(config: &QuantConfig, ignore: &[String], v2: bool) -> Value {
+fn gptq_json(config: &QuantConfig, quantised: &[String], ignore: &[String], v2: bool) -> Value {
     let mut value = json!({
         "bits": config.bits,
         "group_size": group_number(config.group_size),
@@ -175,11 +186,21 @@ fn gptq_json(config: &QuantConfig, ignore: &[String], v2: bool) -> Value {
     for name in ignore.iter().filter(|name| *name != "lm_head") {
         dynamic.insert(exact('-', name), json!({}));
     }
+    // Expressions are tried in order and the first match decides: what is left out comes first.
+    let mut schemes: Vec<(&Scheme, Vec<String>)> = Vec::new();
     for (name, scheme) in &config.overrides {
-        let group_size = group_number(scheme.group_size);
-        let value =
-            json!({ "bits": scheme.bits, "group_size": group_size, "sym": scheme.symmetric });
-        dynamic.insert(exact('+', name), value);
+        match schemes.iter_mut().find(|(known, _)| *known == scheme) {
+            Some((_, members)) => members.push(name.clone()),
+            None => schemes.push((scheme, vec![name.clone()])),
+        }
+    }
+    for (scheme, members) in schemes {
+        for pattern in regex::compact(&members, quantised) {
+            let group_size = group_number(scheme.group_size);
+            let value =
+                json!({ "bits": scheme.bits, "group_size": group_size, "sym": scheme.symmetric });
+            dynamic.insert(format!("+:{pattern}"), value);
+        }
     }
     if !dynamic.is_empty()
         && let Some(object) = value.as_object_mut()
@@ -203,6 +224,12 @@ pub fn parse_config(config: &Value) -> Result<Option<QuantConfig>> {
     match method {
         "awq" => parse_awq(value).map(Some),
         "gptq" => parse_gptq(value).map(Some),
+        // Sparse matrices are read as dense ones.
+        "compressed-tensors"
+            if value.get("config_groups").is_none() && value.get("sparsity_config").is_some() =>
+        {
+            Ok(None)
+        }
         "compressed-tensors" => parse_compressed(value).map(Some),
         "strata" => {
             // Bits and groups are each module's own.

@@ -436,3 +436,24 @@ fn agrees_with_compressed_tensors() {
         assert_eq!(checksum(&tensors, "zero_point"), (zeros_shape.to_vec(), zeros), "{bits} bits");
     }
 }
+
+#[test]
+fn sizes_are_known_before_packing() {
+    let mut random = Lcg(17);
+    for layout in
+        [Layout::CompressedTensors, Layout::AutoAwq, Layout::Gptq { v2: true }, Layout::Strata]
+    {
+        for bits in [2, 3, 4, 5, 6, 8] {
+            let m = matrix(&mut random, bits, 64, 96, 32);
+            let m = QuantizedMatrix { symmetric: false, ..m };
+            for m in [QuantizedMatrix { zeros: vec![1; m.zeros.len()], ..m.clone() }, {
+                let zeros = vec![m.middle(); m.zeros.len()];
+                QuantizedMatrix { symmetric: true, zeros, ..m }
+            }] {
+                let Ok(tensors) = pack(layout, "p", &m) else { continue };
+                let bytes: usize = tensors.iter().map(|t| t.3.len()).sum();
+                assert_eq!(stored_bytes(layout, &m), bytes as u64, "{layout} {bits}");
+            }
+        }
+    }
+}

@@ -363,6 +363,90 @@ pub(super) unsafe fn dots(bits: u8, row: RowView<'_>, x: &[f32], rows: usize, su
     }
 }
 
+/// # Safety
+/// As for [`panel`], with R rows and PARTS parts.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn panel_kernel<C: Codec, const R: usize, const PARTS: usize>(
+    codes: &[u8],
+    params: &[f32],
+    x: &[f32],
+    inputs: usize,
+    sums: &mut [f32],
+) {
+    let (codes, params, x) = (codes.as_ptr(), params.as_ptr(), x.as_ptr());
+    let sums = sums.as_mut_ptr();
+    let mut acc = [[_mm512_setzero_ps(); 8]; R];
+    // SAFETY: by the contract above.
+    unsafe {
+        for k in 0..inputs {
+            let place = codes.add(k * block_bytes(C::BITS));
+            _mm_prefetch::<_MM_HINT_T0>(place.wrapping_add(AHEAD).cast());
+            let block = C::load(place);
+            for part in 0..PARTS {
+                let pair = params.add(2 * (k * PARTS + part));
+                let table = C::table(*pair, *pair.add(1));
+                for j in part * (8 / PARTS)..(part + 1) * (8 / PARTS) {
+                    let w = C::decode(block, table, j as u32);
+                    for (r, acc) in acc.iter_mut().enumerate() {
+                        acc[j] = _mm512_fmadd_ps(w, _mm512_set1_ps(*x.add(r * inputs + k)), acc[j]);
+                    }
+                }
+            }
+        }
+        for (r, acc) in acc.iter().enumerate() {
+            for (j, &a) in acc.iter().enumerate() {
+                let to = sums.add(r * 128 + 16 * j);
+                _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), a));
+            }
+        }
+    }
+}
+
+/// Adds one or two rows of x times a panel of 128 outputs to `sums`.
+///
+/// # Safety
+/// AVX-512 F, BW, VL, DQ; `codes` holds a block of this width for every input and the slack behind the
+/// last, `params` `parts` (1, 2, 4 or 8) pairs for every input, `x` one or two rows of all inputs,
+/// `sums` 128 places for every row.
+pub(super) unsafe fn panel(
+    bits: u8,
+    parts: usize,
+    codes: &[u8],
+    params: &[f32],
+    x: &[f32],
+    inputs: usize,
+    sums: &mut [f32],
+) {
+    debug_assert!(codes.len() >= inputs * block_bytes(bits) && params.len() >= 2 * inputs * parts);
+    debug_assert!(x.len() / inputs == sums.len() / 128 && matches!(sums.len() / 128, 1 | 2));
+    macro_rules! parts {
+        ($codec:ty, $rows:literal) => {
+            match parts {
+                1 => panel_kernel::<$codec, $rows, 1>(codes, params, x, inputs, sums),
+                2 => panel_kernel::<$codec, $rows, 2>(codes, params, x, inputs, sums),
+                4 => panel_kernel::<$codec, $rows, 4>(codes, params, x, inputs, sums),
+                _ => panel_kernel::<$codec, $rows, 8>(codes, params, x, inputs, sums),
+            }
+        };
+    }
+    macro_rules! rows {
+        ($codec:ty) => {
+            if sums.len() == 128 { parts!($codec, 1) } else { parts!($codec, 2) }
+        };
+    }
+    // SAFETY: by the contract above.
+    unsafe {
+        match bits {
+            2 => rows!(Two),
+            3 => rows!(Three),
+            4 => rows!(Four),
+            5 => rows!(Five),
+            6 => rows!(Six),
+            _ => rows!(Eight),
+        }
+    }
+}
+
 /// Decodes a row.
 ///
 /// # Safety

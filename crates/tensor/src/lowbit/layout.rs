@@ -87,7 +87,7 @@ fn get(bits: u8, block: &[u8], slot: usize) -> u8 {
 }
 
 /// Decodes a block into f32.
-fn decode(bits: u8, block: &[u8], params: &[f32], groups: &[u32], to: &mut [f32]) {
+pub(super) fn decode(bits: u8, block: &[u8], params: &[f32], groups: &[u32], to: &mut [f32]) {
     for (vector, (line, &group)) in to.chunks_exact_mut(VECTOR).zip(groups).enumerate() {
         let (scale, zero) = (params[2 * group as usize], params[2 * group as usize + 1]);
         for (lane, value) in line.iter_mut().enumerate() {

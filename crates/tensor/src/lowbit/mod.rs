@@ -3,19 +3,28 @@
 //!
 //! [`LowBit`] keeps the codes in a layout made for wide registers (see `layout.rs`) and exactly `bits`
 //! bits per weight, plus one scale and zero per group (two bytes each when f16 holds them exactly,
-//! else four). For 1 to 4 rows of x the codes are decoded in registers; more rows share decoded panels
-//! of weights and the products of [`crate::skinny`]. The layouts that other
-//! tools write to disk are not here but in the store.
+//! else four). For few rows of x the codes are multiplied in registers: with AVX-512 VNNI as integers
+//! by 16-bit activations (up to 16 rows), else decoded to f32 (up to 4 rows). More rows share decoded
+//! panels of weights and the products of [`crate::skinny`]. The layouts that other tools write to
+//! disk are not here but in the store.
 //!
-//! Exactness: every path multiplies with the very f32 values that [`LowBit::dequantize`] returns;
-//! only the order of the sums differs. Against exact arithmetic on those values,
-//! |y - exact| <= (in / 8 + 16) * 2⁻²³ * (Σ |x W| + |b|).
+//! Exactness: the f32 paths multiply with the very values that [`LowBit::dequantize`] returns; only
+//! the order of the sums differs. Against exact arithmetic on those values,
+//! |y - exact| <= (in / 8 + 16) * 2⁻²³ * (Σ |x W| + |b|). The integer path rounds every block of 128
+//! activations to steps of its largest magnitude / 32639, which adds at most
+//! Σ_blocks max|x| / 65278 * (Σ |q s| + |Σ z s|), and its zero points come off as a sum of their own,
+//! so that the first bound holds with Σ |x| (|q| + |z|) s in place of Σ |x W|.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod columns;
 mod layout;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
+
+pub use columns::LowBitColumns;
 
 use crate::skinny::simd::{self, Isa};
 use crate::skinny::{Aligned, Output, Panels, for_outputs, many_rows, with_scratch};
@@ -26,6 +35,9 @@ use rayon::prelude::*;
 
 /// Up to this many rows the codes are decoded once for every one, two or four rows of x.
 const DIRECT_ROWS: usize = 4;
+/// Up to this many rows the integer kernels are faster than decoded panels.
+#[cfg(target_arch = "x86_64")]
+const INTEGER_ROWS: usize = 16;
 /// Rough weights that one thread decodes and multiplies in a nanosecond.
 const WEIGHTS_PER_NS: usize = 20;
 /// Marks a slot that holds no column.
@@ -68,6 +80,8 @@ pub struct LowBit {
     params: Params,
     vector_group: Vec<u32>,
     whole_blocks: bool,
+    /// How many groups share a block, when they cut it into 1, 2 or 4 equal parts.
+    parts: Option<usize>,
     /// Column of every slot, when slot and column are not the same thing.
     columns: Option<Vec<u32>>,
 }
@@ -164,6 +178,9 @@ impl LowBit {
         let columns = (!identity).then_some(columns);
         let whole_blocks =
             vector_group.chunks_exact(BLOCK / VECTOR).all(|g| g.iter().all(|&v| v == g[0]));
+        let parts = [1, 2, 4].into_iter().find(|parts| {
+            vector_group.chunks_exact(BLOCK / VECTOR / parts).all(|g| g.iter().all(|&v| v == g[0]))
+        });
         Ok(Self {
             bits,
             out,
@@ -175,6 +192,7 @@ impl LowBit {
             params,
             vector_group,
             whole_blocks,
+            parts,
             columns,
         })
     }
@@ -207,7 +225,7 @@ impl LowBit {
     /// # Panics
     /// When a length does not fit.
     pub fn linear(&self, x: &[f32], rows: usize, bias: Option<&[f32]>, y: &mut [f32]) {
-        self.linear_with(Isa::detect(), x, rows, bias, y);
+        self.linear_with(Isa::detect(), true, x, rows, bias, y);
     }
 
     /// The weights `[out, in]` in f32: (code - zero) * scale.
@@ -236,7 +254,16 @@ impl LowBit {
         w
     }
 
-    fn linear_with(&self, isa: Isa, x: &[f32], rows: usize, bias: Option<&[f32]>, y: &mut [f32]) {
+    /// `integer` allows the integer kernels where the processor has them.
+    fn linear_with(
+        &self,
+        isa: Isa,
+        integer: bool,
+        x: &[f32],
+        rows: usize,
+        bias: Option<&[f32]>,
+        y: &mut [f32],
+    ) {
         let (out, slots) = (self.out, self.slots);
         assert_eq!(
             Some(x.len()),
@@ -251,6 +278,17 @@ impl LowBit {
         }
         let x = self.arrange_x(x, rows);
         let x = x.as_slice();
+        #[cfg(target_arch = "x86_64")]
+        if integer
+            && isa == Isa::Avx512
+            && rows <= INTEGER_ROWS
+            && let Some(parts) = self.parts
+            && vnni::available()
+        {
+            return self.linear_integer(isa, x, rows, parts, bias, y);
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = integer;
         if rows > DIRECT_ROWS {
             let fill = |first: usize, panel: &mut [f32]| {
                 let mut params = vec![0.0; 2 * self.groups];
@@ -270,6 +308,39 @@ impl LowBit {
                         // SAFETY: r < rows and o lies in this task's own range.
                         unsafe { output.set(r, o, sum) }
                     });
+                }
+            });
+        });
+    }
+
+    /// The product with activations rounded to 16 bits; x by slots.
+    #[cfg(target_arch = "x86_64")]
+    fn linear_integer(
+        &self,
+        isa: Isa,
+        x: &[f32],
+        rows: usize,
+        parts: usize,
+        bias: Option<&[f32]>,
+        y: &mut [f32],
+    ) {
+        let x = vnni::Quantized::new(self.bits, x, rows, parts);
+        let output = Output::new(y, rows, self.out);
+        for_outputs(self.out, self.slots / (4 * WEIGHTS_PER_NS) * rows, |range| {
+            with_scratch(2 * self.groups, |params| {
+                let mut sums = [0.0; 4];
+                for o in range {
+                    let row = self.row(isa, o, params);
+                    for first in (0..rows).step_by(4) {
+                        let sums = &mut sums[..(rows - first).min(4)];
+                        // SAFETY: detected; `x` was made for this width and as many slots.
+                        unsafe { vnni::dots(self.bits, row, &x, first, sums) };
+                        for (r, &sum) in sums.iter().enumerate() {
+                            let sum = sum + bias.map_or(0.0, |b| b[o]);
+                            // SAFETY: the row exists and o lies in this task's own range.
+                            unsafe { output.set(first + r, o, sum) }
+                        }
+                    }
                 }
             });
         });

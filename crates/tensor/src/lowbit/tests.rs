@@ -7,6 +7,8 @@ struct Case {
     weights: LowBit,
     /// (q - z) * s by definition, in f32.
     exact: Vec<f32>,
+    /// (q + |z|) * s: what the rounding errors of the integer path are multiplied by.
+    size: Vec<f32>,
 }
 
 /// Random weights; `half`: parameters that f16 holds; `shuffled`: an act-order map.
@@ -24,21 +26,28 @@ fn case(bits: u8, out: usize, inputs: usize, group: usize, half: bool, shuffled:
     if shuffled {
         rng.shuffle(&mut map);
     }
-    let mut exact = vec![0.0; out * inputs];
+    let (mut exact, mut size) = (vec![0.0; out * inputs], vec![0.0; out * inputs]);
     for o in 0..out {
         for k in 0..inputs {
             let g = o * groups + map[k] as usize;
             exact[o * inputs + k] = (f32::from(codes[o * inputs + k]) - zeros[g]) * scales[g];
+            size[o * inputs + k] = (f32::from(codes[o * inputs + k]) + zeros[g]) * scales[g];
         }
     }
     let index = shuffled.then_some(map.as_slice());
     let weights = LowBit::new(bits, out, inputs, group, &codes, &scales, &zeros, index).unwrap();
     assert_eq!(matches!(weights.params, Params::Half(_)), half || out * inputs == 0);
-    Case { weights, exact }
+    Case { weights, exact, size }
 }
 
 /// Compares with f64 sums within the bound that the module promises.
 fn verify(case: &Case, rows: usize, isa: Isa) {
+    for integer in [false, true] {
+        verify_path(case, rows, isa, integer);
+    }
+}
+
+fn verify_path(case: &Case, rows: usize, isa: Isa, integer: bool) {
     let [out, inputs] = case.weights.shape();
     let mut rng = Rng::new(rows as u64);
     let mut x = vec![0.0; rows * inputs];
@@ -46,23 +55,28 @@ fn verify(case: &Case, rows: usize, isa: Isa) {
     let mut bias = vec![0.0; out];
     rng.fill_normal(&mut bias, 1.0);
     let mut y = vec![f32::NAN; rows * out];
-    case.weights.linear_with(isa, &x, rows, Some(&bias), &mut y);
+    case.weights.linear_with(isa, integer, &x, rows, Some(&bias), &mut y);
     for r in 0..rows {
+        let most = x[r * inputs..(r + 1) * inputs].iter().fold(0f32, |a, x| a.max(x.abs()));
         for o in 0..out {
             let (mut sum, mut size) = (f64::from(bias[o]), f64::from(bias[o].abs()));
+            let mut rounding = 0.0;
             for k in 0..inputs {
-                let term = f64::from(x[r * inputs + k]) * f64::from(case.exact[o * inputs + k]);
+                let x = f64::from(x[r * inputs + k]);
+                let term = x * f64::from(case.exact[o * inputs + k]);
+                let whole = f64::from(case.size[o * inputs + k]);
                 sum += term;
-                size += term.abs();
+                size += if integer { x.abs() * whole } else { term.abs() };
+                rounding += if integer { f64::from(most) / 65278.0 * whole } else { 0.0 };
             }
-            let bound = (inputs as f64 / 8.0 + 16.0) * 2f64.powi(-23) * size;
+            let bound = (inputs as f64 / 8.0 + 16.0) * 2f64.powi(-23) * size + rounding;
             let got = f64::from(y[r * out + o]);
             let bits = case.weights.bits();
             assert!((got - sum).abs() <= bound, "{bits} bits {isa:?} ({r},{o}): {got} for {sum}");
         }
     }
     let with_bias = y.clone();
-    case.weights.linear_with(isa, &x, rows, None, &mut y);
+    case.weights.linear_with(isa, integer, &x, rows, None, &mut y);
     let apart = |(i, (a, b)): (usize, (&f32, &f32))| (a - b - bias[i % out]).abs() < 1e-2;
     assert!(with_bias.iter().zip(&y).enumerate().all(apart));
 }
@@ -145,7 +159,69 @@ fn a_hand_computed_product() {
     assert_eq!(w.dequantize(), [1.0, -0.5, 0.0, -2.0]);
     let mut y = [0.0; 2];
     w.linear(&[10.0, 4.0], 1, Some(&[0.25, 0.0]), &mut y);
+    // The largest activation is exact on the integer path too, 4 is 13055.6 of its 32639 steps.
+    assert!((y[0] - 8.25).abs() < 1e-3 && (y[1] + 8.0).abs() < 1e-3, "{y:?}");
+    w.linear_with(Isa::detect(), false, &[10.0, 4.0], 1, Some(&[0.25, 0.0]), &mut y);
     assert_eq!(y, [8.25, -8.0]);
+}
+
+/// Whole numbers up to 32639 are activations that the integer path does not round: all of its sums
+/// are then exact, whatever the width and the number of groups in a block.
+#[test]
+fn integer_path_is_exact_on_whole_numbers() {
+    let mut rng = Rng::new(5);
+    for bits in layout::BITS {
+        for group in [32, 64, 128] {
+            let (out, inputs, rows) = (3, 256, 5);
+            let groups = inputs / group;
+            let codes: Vec<u8> = (0..out * inputs).map(|_| rng.below(1 << bits) as u8).collect();
+            let zeros: Vec<f32> = (0..out * groups).map(|_| rng.below(1 << bits) as f32).collect();
+            let w = LowBit::new(
+                bits,
+                out,
+                inputs,
+                group,
+                &codes,
+                &vec![1.0; out * groups],
+                &zeros,
+                None,
+            );
+            let w = w.unwrap();
+            let mut x: Vec<f32> =
+                (0..rows * inputs).map(|_| rng.below(127) as f32 - 63.0).collect();
+            // The scale of every block becomes 1.
+            x.chunks_mut(128).for_each(|block| block[7] = 32639.0);
+            let mut y = vec![0.0; rows * out];
+            w.linear(&x, rows, None, &mut y);
+            let dense = w.dequantize();
+            for r in 0..rows {
+                for o in 0..out {
+                    let pairs = x[r * inputs..].iter().zip(&dense[o * inputs..(o + 1) * inputs]);
+                    let exact: f64 = pairs.map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
+                    let apart = (f64::from(y[r * out + o]) - exact).abs();
+                    assert!(
+                        apart <= exact.abs().max(8e6) * 4e-7,
+                        "{bits} {group}: {apart} {exact}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn bad_activations_stay_visible() {
+    let w = LowBit::new(4, 1, 128, 128, &[3; 128], &[1.0], &[8.0], None).unwrap();
+    for bad in [f32::NAN, f32::INFINITY] {
+        let mut x = vec![1.0; 128];
+        x[100] = bad;
+        let mut y = [0.0];
+        w.linear(&x, 1, None, &mut y);
+        assert!(!y[0].is_finite(), "{}", y[0]);
+    }
+    let mut y = [1.0];
+    w.linear(&[1e-40; 128], 1, None, &mut y);
+    assert!(y[0].abs() < 1e-30);
 }
 
 #[test]

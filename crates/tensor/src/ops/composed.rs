@@ -3,9 +3,9 @@
 //! These run wherever burn runs: they are the fallback on devices without fused kernels, and the
 //! oracle that the fused kernels are tested against. They keep every intermediate for backward.
 use burn::tensor::activation::softmax;
-use burn::tensor::{Int, TensorData};
+use burn::tensor::{Int, TensorData, s};
 
-use super::{Activation, AttentionSpec, RopeTable};
+use super::{Activation, AttentionSpec, BatchNorm, Conv2d, Moments, RopeTable, Seen};
 use crate::{Device, Tensor, host};
 
 /// See [`crate::ops::rms_norm`].
@@ -158,4 +158,72 @@ pub fn cross_entropy(logits: Tensor<2>, targets: &[u32], ignore: Option<u32>) ->
 /// See [`crate::ops::linear_cross_entropy`]. Holds the logits of all tokens.
 pub fn linear_cross_entropy(x: Tensor<2>, w: Tensor<2>, targets: &[u32]) -> Tensor<1> {
     cross_entropy(linear(x, w, None), targets, Some(super::IGNORE))
+}
+
+/// Rows of pixels as burn's `[images, channels, height, width]`, and back.
+fn planes(x: Tensor<2>, [images, height, width]: [usize; 3]) -> Tensor<4> {
+    let channels = x.dims()[1];
+    x.reshape([images, height, width, channels]).permute([0, 3, 1, 2])
+}
+
+fn pixels(x: Tensor<4>) -> Tensor<2> {
+    let [images, channels, height, width] = x.dims();
+    x.permute([0, 2, 3, 1]).reshape([images * height * width, channels])
+}
+
+/// See [`crate::ops::conv2d`].
+pub fn conv2d(x: Tensor<2>, w: Tensor<2>, bias: Option<Tensor<1>>, spec: &Conv2d) -> Tensor<2> {
+    let [kh, kw] = spec.kernel;
+    let options =
+        burn::tensor::ops::ConvOptions::new([spec.stride; 2], [spec.padding; 2], [1, 1], 1);
+    let x = planes(x, [spec.images, spec.height, spec.width]);
+    let w = w.reshape([spec.filters, spec.channels, kh, kw]);
+    pixels(burn::tensor::module::conv2d(x, w, bias, options))
+}
+
+/// See [`crate::ops::batch_norm`].
+pub fn batch_norm(
+    x: Tensor<2>,
+    n: BatchNorm,
+    residual: Option<Tensor<2>>,
+    relu: bool,
+) -> (Tensor<2>, Seen) {
+    let (mean, variance, seen) = match n.moments {
+        Moments::Given { mean, variance } => (mean.unsqueeze(), variance.unsqueeze(), None),
+        Moments::Batch => {
+            let mean = x.clone().mean_dim(0);
+            let variance = (x.clone() - mean.clone()).powi_scalar(2).mean_dim(0);
+            let seen = (host::into_vec(mean.clone()), host::into_vec(variance.clone()));
+            (mean, variance, Some(seen))
+        }
+    };
+    let mut y = (x - mean) / (variance + n.eps).sqrt() * n.gain.unsqueeze() + n.bias.unsqueeze();
+    if let Some(residual) = residual {
+        y = y + residual;
+    }
+    (if relu { activate(y, Activation::Relu) } else { y }, seen)
+}
+
+/// See [`crate::ops::subsample`].
+pub fn subsample(
+    x: Tensor<2>,
+    shape: [usize; 3],
+    stride: usize,
+    before: usize,
+    filters: usize,
+) -> Tensor<2> {
+    let step = stride as isize;
+    let planes = planes(x, shape).slice([s![..], s![..], s![..;step], s![..;step]]);
+    let kept = pixels(planes);
+    let [rows, channels] = kept.dims();
+    let zeros = |width| Tensor::zeros([rows, width], &kept.device());
+    let (first, last) = (zeros(before), zeros(filters - before - channels));
+    let parts = [first, kept, last].into_iter().filter(|part| part.dims()[1] > 0);
+    Tensor::cat(parts.collect(), 1)
+}
+
+/// See [`crate::ops::mean_pool`].
+pub fn mean_pool(x: Tensor<2>, group: usize) -> Tensor<2> {
+    let [rows, channels] = x.dims();
+    x.reshape([rows / group, group, channels]).mean_dim(1).reshape([rows / group, channels])
 }

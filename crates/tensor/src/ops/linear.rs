@@ -74,7 +74,7 @@ fn forward(x: &[f32], w: &[f32], bias: Option<&[f32]>, [tokens, outer]: [usize; 
 }
 
 /// Sums over rows, by fixed blocks of rows so that the bytes do not depend on the threads.
-fn column_sums(x: &[f32], width: usize) -> Vec<f32> {
+pub(super) fn column_sums(x: &[f32], width: usize) -> Vec<f32> {
     const ROWS: usize = 64;
     let blocks: Vec<Vec<f32>> = x
         .par_chunks(width.max(1) * ROWS)

@@ -96,6 +96,11 @@ impl<const N: usize> Call<N> {
         }
     }
 
+    /// Whether some operand's gradient is wanted.
+    pub fn is_tracked(&self) -> bool {
+        self.guards.is_some()
+    }
+
     /// The result as a tensor. `backward` (for tracked operands) gets the gradient of the result
     /// and which operands want theirs, and returns those.
     pub fn finish<const D: usize, F>(

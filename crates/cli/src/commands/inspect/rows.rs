@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use method::Pattern;
-use nn::{Decoder, Leaf, Model, Name};
+use nn::{Leaf, Name, Network, OpenNetwork};
 use report::{Cell, Column, Progress, Table, human};
 use serde_json::{Value, json};
 use store::{Checkpoint, TensorInfo};
@@ -51,9 +51,9 @@ impl Content {
     /// One row per stored tensor.
     pub fn tensors(checkpoint: Checkpoint, only: &[Pattern], statistics: bool) -> Result<Self> {
         // An unknown architecture is no obstacle here: its tensors just have no roles.
-        let decoder = Decoder::from_checkpoint(&checkpoint).ok();
+        let network = nn::network_of(&checkpoint).ok();
         let mut roles: HashMap<String, &Name> = HashMap::new();
-        for name in decoder.iter().flat_map(Decoder::all_names) {
+        for name in network.iter().flat_map(|n| n.modules()) {
             for tensor in name.tensors() {
                 roles.entry(tensor).or_insert(name);
             }
@@ -71,20 +71,20 @@ impl Content {
                 dtype: info.dtype.to_string(),
                 shape: info.shape.clone(),
                 parameters: info.elements() as u64,
-                bytes: info.nbytes,
+                bytes: checkpoint.stored_bytes(&info.name)?,
                 statistics: if statistics { measure(&checkpoint, info)? } else { None },
             });
             progress.inc(info.nbytes);
         }
         progress.finish();
-        Ok(Self::around(&checkpoint, decoder.as_ref(), rows))
+        Ok(Self::around(&checkpoint, network.as_deref(), rows))
     }
 
     /// One row per layer: a packed layer is shown as the matrix it stands for.
     pub fn layers(checkpoint: Checkpoint, only: &[Pattern], statistics: bool) -> Result<Self> {
-        let model = Model::from_checkpoint(checkpoint)?;
+        let model = OpenNetwork::from_checkpoint(checkpoint)?;
         let mut rows: Vec<Row> = Vec::new();
-        let names = model.decoder.all_names();
+        let names = model.network.modules();
         let progress = if statistics {
             Progress::new("reading", names.len() as u64, "layers")
         } else {
@@ -99,29 +99,19 @@ impl Content {
             progress.inc(1);
         }
         progress.finish();
-        Ok(Self::around(&model.checkpoint, Some(&model.decoder), rows))
+        Ok(Self::around(&model.checkpoint, Some(model.network.as_ref()), rows))
     }
 
-    fn around(checkpoint: &Checkpoint, decoder: Option<&Decoder>, rows: Vec<Row>) -> Self {
+    fn around(checkpoint: &Checkpoint, network: Option<&dyn Network>, rows: Vec<Row>) -> Self {
         let declared = || {
             let kind = checkpoint.config().ok()?.get("model_type")?.as_str()?;
             Some(kind.to_string())
         };
         Self {
             container: checkpoint.container().name().to_string(),
-            architecture: declared(),
+            architecture: declared().or_else(|| network.map(|n| n.family().to_string())),
             path: checkpoint.path().display().to_string(),
-            shape: decoder.map(|d| {
-                let c = &d.config;
-                format!(
-                    "{} blocks, hidden size {}, {} heads ({} for keys and values), vocabulary {}",
-                    c.num_hidden_layers,
-                    c.hidden_size,
-                    c.num_attention_heads,
-                    c.num_key_value_heads,
-                    c.vocab_size
-                )
-            }),
+            shape: network.map(|n| n.summary()),
             rows,
         }
     }
@@ -242,11 +232,12 @@ fn measure(checkpoint: &Checkpoint, info: &TensorInfo) -> Result<Option<Statisti
     Ok(Some(all))
 }
 
-fn layer(model: &Model, name: &Name, statistics: bool) -> Result<Row> {
+fn layer(model: &OpenNetwork, name: &Name, statistics: bool) -> Result<Row> {
     // Everything stored under the module: weight and bias, or codes, scales and zeros.
     let prefix = format!("{}.", name.module);
-    let stored: Vec<&TensorInfo> =
-        model.checkpoint.infos().filter(|info| info.name.starts_with(&prefix)).collect();
+    let own = name.tensors();
+    let belongs = |info: &&TensorInfo| info.name.starts_with(&prefix) || own.contains(&info.name);
+    let stored: Vec<&TensorInfo> = model.checkpoint.infos().filter(belongs).collect();
     if stored.is_empty() {
         return Err(Failure::error(format!(
             "{}: no tensor is stored for {}",
@@ -269,14 +260,22 @@ fn layer(model: &Model, name: &Name, statistics: bool) -> Result<Row> {
         let values = model.weights.matrix(name)?;
         Some(host::read(&values, Statistics::of))
     };
+    let mut bytes = 0;
+    for info in &stored {
+        bytes += model.checkpoint.stored_bytes(&info.name)?;
+    }
     Ok(Row {
         name: name.module.clone(),
         role: Some(name.role.label()),
         block: name.block,
         dtype,
-        shape: if name.role.is_norm() { vec![out] } else { vec![out, width] },
+        shape: match name.role.is_norm() {
+            true => vec![out],
+            false if name.kernel.is_some() => name.stored_shape(),
+            false => vec![out, width],
+        },
         parameters: (out * width + bias) as u64,
-        bytes: stored.iter().map(|info| info.nbytes).sum(),
+        bytes,
         statistics,
     })
 }
