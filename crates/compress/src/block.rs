@@ -83,6 +83,15 @@ impl Calibration {
         Ok(Self { tokens, length, per_batch: (BATCH_TOKENS / length).max(1) })
     }
 
+    /// The first `count` windows, or all there are.
+    ///
+    /// # Errors
+    /// When that leaves none.
+    pub fn first(&self, count: usize) -> Result<Self> {
+        let tokens = count.min(self.windows()) * self.length;
+        Self::new(self.tokens.get(..tokens).unwrap_or_default().to_vec(), self.length)
+    }
+
     /// Every window `times` times, each copy rolled on by an equal part of its length: what stood at
     /// `t` stands at `t + length · m / times` in copy `m`, and the end comes round to the start.
     ///
@@ -100,15 +109,6 @@ impl Calibration {
             }
         }
         Self::new(tokens, self.length)
-    }
-
-    /// The first `count` windows, or all there are.
-    ///
-    /// # Errors
-    /// When that leaves none.
-    pub fn first(&self, count: usize) -> Result<Self> {
-        let tokens = count.min(self.windows()) * self.length;
-        Self::new(self.tokens.get(..tokens).unwrap_or_default().to_vec(), self.length)
     }
 
     /// No calibration at all.
@@ -299,7 +299,7 @@ impl BlockJob<'_> {
                 ),
             ));
         }
-        let mut values = nn::dequantize(&stored);
+        let mut values = nn::dequantize(&stored)?;
         let mut bits_per_weight = stored.bits_per_weight();
         if let Some(kept) = self.kept.get(&name.module) {
             let width = name.in_features();
@@ -318,6 +318,7 @@ impl BlockJob<'_> {
                     let values = transpose(&values, original.out_features, original.in_features);
                     histogram(&original.transposed(), m, &values)
                 }
+                Stored::Pyramid(_) => Vec::new(),
             },
             ..self.result(name, original, &values, bits_per_weight, sample, details)
         };

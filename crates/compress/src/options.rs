@@ -315,10 +315,16 @@ impl QuantizeOptions {
     pub fn calibrates(&self) -> bool {
         match self.method {
             Method::Awq => self.awq.calibrates(),
-            Method::Rsq => self.rsq.calibrates(),
             Method::Adadim => self.adadim.calibrates(),
+            Method::Rsq => self.rsq.calibrates(),
+            Method::Pvq => self.pvq.calibrates(),
             method => method.calibrates(),
         }
+    }
+
+    /// Whether the job needs calibration text at all: for its method, or to decide widths.
+    pub fn needs_text(&self) -> bool {
+        self.calibrates() || self.layerwise.calibrates()
     }
 
     /// Whether any layer is put on a grid.
@@ -326,9 +332,12 @@ impl QuantizeOptions {
         !(self.method == Method::Rsq && self.rsq.rotate_only)
     }
 
-    /// Whether the job needs calibration text at all: for its method, or to decide widths.
-    pub fn needs_text(&self) -> bool {
-        self.calibrates() || self.layerwise.calibrates()
+    /// How finely layers are quantised, in words.
+    pub fn precision(&self) -> String {
+        match self.method {
+            Method::Pvq => self.pvq.precision(self.grid.bits),
+            _ => format!("{} bits", self.grid.bits),
+        }
     }
 
     /// Whether GPTQ chooses the codes.
@@ -361,6 +370,9 @@ impl QuantizeOptions {
         }
         if self.method == Method::Rsq {
             self.rsq.check(self)?;
+        }
+        if self.method == Method::Pvq {
+            self.pvq.check(self)?;
         }
         if self.method == Method::Awq {
             self.awq.check()?;

@@ -44,36 +44,10 @@ impl Plan {
         let only = patterns(&options.only)?;
         let overrides: Vec<Pattern> =
             options.overrides.iter().map(|o| pattern(&o.pattern)).collect::<Result<_>>()?;
-        let all: Vec<String> = (0..decoder.num_blocks())
-            .flat_map(|i| decoder.linears(i))
-            .map(|name| name.module)
-            .collect();
-        for (text, pattern) in options
-            .exclude
-            .iter()
-            .zip(&exclude)
-            .chain(options.only.iter().zip(&only))
-            .chain(options.overrides.iter().map(|o| &o.pattern).zip(&overrides))
-        {
-            // The head and the embedding are never quantised; excluding them by name is no mistake.
-            let known = all.iter().any(|name| pattern.matches(name))
-                || decoder.other_names().iter().any(|name| pattern.matches(&name.module))
-                || pattern.matches("lm_head");
-            if !known {
-                // Patterns usually name the end of a layer's name: compare with every end.
-                let bare = text.trim_matches(['*', '.']);
-                let ends = all.iter().flat_map(|name| {
-                    let tails =
-                        name.match_indices('.').filter_map(move |(at, _)| name.get(at + 1..));
-                    std::iter::once(name.as_str()).chain(tails)
-                });
-                let near = method::nearest(bare, ends);
-                return Err(Error::Options(format!(
-                    "pattern `{text}` matches no layer{}",
-                    near.map(|n| format!("; the nearest name is `{n}`")).unwrap_or_default()
-                )));
-            }
-        }
+        let named = options.exclude.iter().zip(&exclude).chain(options.only.iter().zip(&only));
+        let named =
+            named.chain(options.overrides.iter().map(|o| &o.pattern).zip(&overrides)).collect();
+        check_patterns(decoder, named)?;
         let mut plan = Self {
             blocks: Vec::new(),
             bytes_before: checkpoint.total_bytes(),
@@ -98,12 +72,9 @@ impl Plan {
                     let grid = if kept || !options.quantises() { None } else { Some(grid) };
                     if let Some(grid) = &grid {
                         check_shape(&name, grid, options)?;
-                        plan.bytes_after = plan.bytes_after.saturating_sub(saved(
-                            checkpoint,
-                            &name,
-                            grid,
-                            options.format,
-                        )?);
+                        plan.bytes_after = plan
+                            .bytes_after
+                            .saturating_sub(saved(checkpoint, &name, grid, options)?);
                         quantised += 1;
                     }
                     layers.push(LayerPlan { name, grid, sparsity: None });
@@ -141,11 +112,39 @@ impl Plan {
     }
 }
 
+/// Refuses patterns that match no layer, with the nearest name.
+pub(crate) fn check_patterns(decoder: &Decoder, named: Vec<(&String, &Pattern)>) -> Result<()> {
+    let all: Vec<String> = (0..decoder.num_blocks())
+        .flat_map(|i| decoder.linears(i))
+        .map(|name| name.module)
+        .collect();
+    for (text, pattern) in named {
+        // The head and the embedding are never compressed; excluding them by name is no mistake.
+        let known = all.iter().any(|name| pattern.matches(name))
+            || decoder.other_names().iter().any(|name| pattern.matches(&name.module))
+            || pattern.matches("lm_head");
+        if !known {
+            // Patterns usually name the end of a layer's name: compare with every end.
+            let bare = text.trim_matches(['*', '.']);
+            let ends = all.iter().flat_map(|name| {
+                let tails = name.match_indices('.').filter_map(move |(at, _)| name.get(at + 1..));
+                std::iter::once(name.as_str()).chain(tails)
+            });
+            let near = method::nearest(bare, ends);
+            return Err(Error::Options(format!(
+                "pattern `{text}` matches no layer{}",
+                near.map(|n| format!("; the nearest name is `{n}`")).unwrap_or_default()
+            )));
+        }
+    }
+    Ok(())
+}
+
 fn pattern(text: &str) -> Result<Pattern> {
     Pattern::new(text).map_err(Error::Options)
 }
 
-fn patterns(texts: &[String]) -> Result<Vec<Pattern>> {
+pub(crate) fn patterns(texts: &[String]) -> Result<Vec<Pattern>> {
     texts.iter().map(|text| pattern(text)).collect()
 }
 
@@ -155,6 +154,10 @@ pub(crate) fn check_shape(
     grid: &GridOptions,
     options: &QuantizeOptions,
 ) -> Result<()> {
+    if options.method == crate::Method::Pvq {
+        options.pvq.layer(name, grid.bits, options.grid.bits)?;
+        return Ok(());
+    }
     let width = name.in_features();
     // Formats of other tools and AWQ's searches need whole groups.
     let ragged = matches!(options.format, Format::Dequantized | Format::Strata);
@@ -185,8 +188,18 @@ pub(crate) fn stored_shape(name: &Name, grid: &GridOptions) -> QuantizedMatrix {
 }
 
 /// Bytes that quantising `name` saves.
-fn saved(checkpoint: &Checkpoint, name: &Name, grid: &GridOptions, format: Format) -> Result<u64> {
-    let Some(layout) = format.layout() else { return Ok(0) };
+fn saved(
+    checkpoint: &Checkpoint,
+    name: &Name,
+    grid: &GridOptions,
+    options: &QuantizeOptions,
+) -> Result<u64> {
+    let Some(layout) = options.format.layout() else { return Ok(0) };
     let now = checkpoint.info(&name.weight())?.nbytes;
+    if options.method == crate::Method::Pvq {
+        let code = options.pvq.layer(name, grid.bits, options.grid.bits)?;
+        let weights = (name.out_features() * name.in_features()) as f64;
+        return Ok(now.saturating_sub((code.stored_bits_per_weight() * weights / 8.0) as u64));
+    }
     Ok(now.saturating_sub(store::packed::stored_bytes(layout, &stored_shape(name, grid))))
 }

@@ -4,6 +4,8 @@ use crate::block::{BlockJob, LayerResult};
 use crate::grid::Granularity;
 use crate::options::{Method, QuantizeOptions};
 use crate::plan::Plan;
+use crate::pvq::Coherence;
+use crate::rsq::{RotationChoice, RsqOptions};
 use crate::runner::{Container, Job, Limits, Outcome, Source, Target, run_job};
 use crate::{Calibration, Error, Result};
 use nn::{Decoder, Model};
@@ -23,6 +25,17 @@ pub fn run(
     if options.method == Method::Rsq {
         let rsq = (&options.rsq, &mut job as &mut dyn Job);
         return crate::rsq::run(model, plan, rsq, calibration, target, progress);
+    }
+    if options.method == Method::Pvq && options.pvq.rotation == Coherence::Fused {
+        // The rotation alone, with pyramid codes where RSQ would round.
+        let fused = RsqOptions {
+            rotation: RotationChoice::Hadamard,
+            rotation_seed: options.pvq.rotation_seed,
+            expand: 1,
+            ..RsqOptions::default()
+        };
+        let rotation = (&fused, &mut job as &mut dyn Job);
+        return crate::rsq::run(model, plan, rotation, calibration, target, progress);
     }
     let source = Source::of(model)?;
     run_job(source, plan, &mut job, calibration, target, progress)
@@ -85,10 +98,7 @@ impl Job for Quantize<'_> {
             Method::Awq => crate::awq::run_block(job, options, &self.awq),
             Method::Adadim => crate::adadim::quantize_block(job, options),
             Method::Rsq => crate::rsq::quantize_block(job, options),
-            Method::Pvq => Err(Error::Options(format!(
-                "{} is not available in this build",
-                options.method.slug()
-            ))),
+            Method::Pvq => crate::pvq::quantize_block(job, options),
         }
     }
 

@@ -10,9 +10,9 @@
 //! - `config`, `keys`, `family`: architectures as data, read from `config.json`;
 //! - `decoder`, `forward`, `attend`, `rope`, `cache`: names, the staged block, positions, KV cache;
 //! - `mapping`: which norm or linear can absorb a scale (what AWQ and rotations fold through);
-//! - `rotate`: the same network in a rotated basis of its residual stream;
 //! - `network`: any architecture as a chain of segments; `resnet`, `vit`, `mlp` are the families of
 //!   images, `open` finds the family of a checkpoint;
+//! - `rotate`: the same network in a rotated basis of its residual stream;
 //! - `model`, `generate`: opening a checkpoint and sampling from it.
 //!
 //! Losses, optimisers and evaluation live above; containers on disk and kernels live below.
@@ -34,6 +34,7 @@ pub mod name;
 pub mod network;
 mod open;
 pub mod overlay;
+pub mod pyramid;
 pub mod quantized;
 pub mod resnet;
 mod rope;

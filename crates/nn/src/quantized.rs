@@ -108,7 +108,11 @@ impl Weights for Quantized {
 
     fn matrix(&self, name: &Name) -> Result<Tensor<2>> {
         if self.is_packed(name) {
-            return Ok(host::from_vec(dequantize(&self.packed(name)?), name.shape, &self.device()));
+            return Ok(host::from_vec(
+                dequantize(&self.packed(name)?)?,
+                name.shape,
+                &self.device(),
+            ));
         }
         self.plain.matrix(name)
     }

@@ -205,8 +205,12 @@ impl<'a> Rotated<'a> {
         let source = self.source_name(name)?;
         let stored = || Ok::<_, Error>(wide(host::into_vec(self.base.vector(source, leaf)?)));
         if let Some(carried) = self.folded_norm(name) {
-            let one = if leaf == Leaf::Weight { !name.plus_one } else { carried };
-            let value = f64::from(u8::from(one));
+            let value = match leaf {
+                Leaf::Weight => f64::from(u8::from(!name.plus_one)),
+                Leaf::Bias => f64::from(u8::from(carried)),
+                // Statistics of a batch normalisation are not folded.
+                Leaf::RunningMean | Leaf::RunningVar => return stored(),
+            };
             return Ok(vec![value; name.shape[0]]);
         }
         let mut b = stored()?;

@@ -7,14 +7,19 @@ use tensor::lowbit::{LowBit, LowBitColumns};
 use tensor::skinny;
 
 use crate::Result;
+use crate::pyramid::Pyramid;
 use crate::weights::transpose;
 
 /// The weights of a stored layer in f32, `[out, in]`.
-pub fn dequantize(stored: &Stored) -> Vec<f32> {
-    match stored {
+///
+/// # Errors
+/// When a pyramid code is damaged or unknown to the engine.
+pub fn dequantize(stored: &Stored) -> Result<Vec<f32>> {
+    Ok(match stored {
         Stored::Grid(m) => m.dequantize(),
         Stored::Columns(m) => transpose(&m.dequantize(), m.out_features, m.in_features),
-    }
+        Stored::Pyramid(m) => Pyramid::new(m)?.dequantize(),
+    })
 }
 
 /// A layer in the layout of its product kernel.
@@ -24,6 +29,8 @@ pub(crate) enum Kernel {
     Grid(Arc<LowBit>),
     /// Integer grid along the output.
     Columns(Arc<LowBitColumns>),
+    /// Pyramid codes.
+    Pyramid(Arc<Pyramid>),
     /// f32, for what has no kernel of its own.
     Dense(Arc<Vec<f32>>),
 }
@@ -36,8 +43,9 @@ impl Kernel {
             // Groups of unusual sizes have no kernel.
             Stored::Columns(m) => Ok(match low_bit_columns(m) {
                 Ok(kernel) => Self::Columns(Arc::new(kernel)),
-                Err(_) => Self::Dense(Arc::new(dequantize(stored))),
+                Err(_) => Self::Dense(Arc::new(dequantize(stored)?)),
             }),
+            Stored::Pyramid(m) => Ok(Self::Pyramid(Arc::new(Pyramid::new(m)?))),
         }
     }
 
@@ -53,6 +61,7 @@ impl Kernel {
         match self {
             Self::Grid(m) => m.linear(x, rows, bias, y),
             Self::Columns(m) => m.linear(x, rows, bias, y),
+            Self::Pyramid(m) => m.linear(x, rows, bias, y),
             Self::Dense(w) => skinny::linear_f32(x, rows, w, out, width, bias, y),
         }
     }

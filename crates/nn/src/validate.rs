@@ -36,9 +36,11 @@ pub(crate) fn check_module(checkpoint: &Checkpoint, name: &Name) -> Result<()> {
     Ok(())
 }
 
-/// Whether one of the known integer layouts stores `module`.
+/// Whether one of the known packed layouts stores `module`.
 pub(crate) fn is_packed(checkpoint: &Checkpoint, module: &str) -> bool {
-    ["weight_packed", "qweight"].iter().any(|leaf| checkpoint.contains(&format!("{module}.{leaf}")))
+    ["weight_packed", "qweight", "pvq_index"]
+        .iter()
+        .any(|leaf| checkpoint.contains(&format!("{module}.{leaf}")))
 }
 
 fn expect(checkpoint: &Checkpoint, tensor: &str, shape: &[usize]) -> Result<()> {

@@ -1,5 +1,8 @@
 //! What a finished job looks like: the report of a quantisation.
 
+pub mod layer_adaptive;
+pub mod prune;
+
 use crate::quantize::{Comparison, QuantizeJob};
 use compress::block::HISTOGRAM_BINS;
 use compress::{LayerResult, Outcome, Plan, QuantizeOptions};
@@ -14,10 +17,10 @@ pub fn plan_line(plan: &Plan, options: &QuantizeOptions) -> String {
         return format!("plan: {method} on {blocks} blocks, nothing is quantised");
     }
     format!(
-        "plan: {} on {layers} layers in {} blocks, {} bits{}; {} → about {}",
+        "plan: {} on {layers} layers in {} blocks, {}{}; {} → about {}",
         options.method.slug(),
         plan.blocks.len(),
-        options.grid.bits,
+        options.precision(),
         if kept > 0 { format!(", {kept} layers left as they are") } else { String::new() },
         human::bytes(plan.bytes_before),
         human::bytes(plan.bytes_after),
@@ -38,7 +41,7 @@ pub fn quantize(
     let name = name.unwrap_or_else(|| job.model.display().to_string());
     let method = options.method.slug().to_uppercase();
     let title = match options.quantises() {
-        true => format!("{method} at {} bits: {name}", options.grid.bits),
+        true => format!("{method} at {}: {name}", options.precision()),
         false => format!("{method}, nothing quantised: {name}"),
     };
     let group = match options.grid.group_size {
@@ -49,6 +52,9 @@ pub fn quantize(
     let format = format.as_str().unwrap_or_default().to_string();
     let kind = if options.grid.symmetric { "symmetric" } else { "asymmetric" };
     let subtitle = match options.quantises() {
+        true if options.method == compress::Method::Pvq => {
+            format!("directions and lengths of groups of {}, {format} format", options.pvq.group)
+        }
         true => format!("{kind} grid, {group}, {format} format"),
         false => "ordinary weights in f32".to_string(),
     };
@@ -203,6 +209,10 @@ fn layer_charts(section: &mut Section, layers: &[LayerResult], blocks: usize) {
 }
 
 fn worst_layer(section: &mut Section, layer: &LayerResult) {
+    if layer.histogram.is_empty() {
+        section.text(format!("{}: relative error {:.3e}.", layer.module, error(layer)));
+        return;
+    }
     section.text(format!(
         "{}: relative error {:.3e}. How far its weights moved, in steps of their grid; plain \
          rounding stays within half a step.",
@@ -252,15 +262,17 @@ fn directions(section: &mut Section, layers: &[LayerResult]) {
     if measured {
         section.text(
             "Errors are mean squared changes at the named output on calibration tokens, each layer \
-             with the layers before it already quantised. The outlier is the largest mean magnitude \
-             of an input channel over the median one.",
+             with the layers before it already quantised. Outliers are the largest over \
+             the median: of inputs by mean magnitude (they speak for groups along the output), of \
+             rows by norm (they speak against).",
         );
         columns.extend([
             Column::left("judged by"),
             Column::right("error along input"),
             Column::right("error along output"),
             Column::right("output / input"),
-            Column::right("outlier"),
+            Column::right("input outlier"),
+            Column::right("row outlier"),
         ]);
     }
     let mut table = Table::new("", columns);
@@ -279,6 +291,7 @@ fn directions(section: &mut Section, layers: &[LayerResult]) {
                 error(ic),
                 ratio.map_or(Cell::Empty, |r| Cell::Float(r, 3)),
                 number("outlier").map_or(Cell::Empty, |o| Cell::Float(o, 1)),
+                number("row_outlier").map_or(Cell::Empty, |o| Cell::Float(o, 1)),
             ]);
         }
         table.push(row);

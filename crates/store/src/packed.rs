@@ -32,6 +32,7 @@ mod config;
 mod fetch;
 mod gptq;
 pub mod own;
+pub mod pyramid;
 mod regex;
 pub mod sparse;
 #[cfg(test)]
@@ -39,6 +40,7 @@ mod tests;
 
 pub use config::{QuantConfig, Scheme, config_json, parse_config};
 pub use own::Stored;
+pub use pyramid::{PyramidCode, PyramidMatrix};
 
 /// A tensor ready to be written: name, type, shape, little-endian bytes.
 pub type PackedTensor = (String, Dtype, Vec<usize>, Vec<u8>);
@@ -210,11 +212,12 @@ impl Layout {
         }
     }
 
-    /// Name of the tensor that holds the codes, without the module.
-    fn codes_leaf(self) -> &'static str {
+    /// Names of the tensors that may hold the codes, without the module.
+    fn codes_leaves(self) -> &'static [&'static str] {
         match self {
-            Self::CompressedTensors => "weight_packed",
-            Self::AutoAwq | Self::Gptq { .. } | Self::Strata => "qweight",
+            Self::CompressedTensors => &["weight_packed"],
+            Self::AutoAwq | Self::Gptq { .. } => &["qweight"],
+            Self::Strata => &["qweight", "pvq_index"],
         }
     }
 }
@@ -343,15 +346,14 @@ pub fn load(checkpoint: &Checkpoint, module: &str, config: &QuantConfig) -> Resu
 
 /// Whether `module` is stored in that layout.
 pub fn is_packed(layout: Layout, checkpoint: &Checkpoint, module: &str) -> bool {
-    checkpoint.contains(&format!("{module}.{}", layout.codes_leaf()))
+    layout.codes_leaves().iter().any(|leaf| checkpoint.contains(&format!("{module}.{leaf}")))
 }
 
 /// The modules stored in that layout, in the order of the checkpoint's names.
 pub fn modules(layout: Layout, checkpoint: &Checkpoint) -> Vec<String> {
-    let leaf = layout.codes_leaf();
-    checkpoint
-        .names()
-        .filter_map(|name| name.strip_suffix(leaf)?.strip_suffix('.'))
-        .map(String::from)
-        .collect()
+    let module = |name: &str| {
+        let leaves = layout.codes_leaves();
+        leaves.iter().find_map(|leaf| name.strip_suffix(leaf)?.strip_suffix('.').map(String::from))
+    };
+    checkpoint.names().filter_map(module).collect()
 }

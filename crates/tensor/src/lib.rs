@@ -28,6 +28,7 @@ pub mod linalg;
 pub mod lowbit;
 pub mod memory;
 pub mod ops;
+pub mod pyramid;
 pub mod rng;
 pub mod rotation;
 pub mod skinny;

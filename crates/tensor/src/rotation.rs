@@ -6,6 +6,8 @@
 //!
 //! Everything is in f64. What a network does with a rotation is left to the floors above.
 
+mod inverse;
+
 use crate::hadamard::Hadamard;
 use crate::{Error, Result, Rng};
 use rayon::prelude::*;

@@ -28,7 +28,7 @@ fn options(bits: u8, group_size: usize) -> GridOptions {
 }
 
 fn rounded(matrix: &Matrix, grid: &GridOptions, direction: Direction) -> Vec<f32> {
-    nn::dequantize(&round(matrix, &Grid::new(grid).unwrap(), grid, direction))
+    nn::dequantize(&round(matrix, &Grid::new(grid).unwrap(), grid, direction)).unwrap()
 }
 
 fn compensated(
@@ -42,7 +42,7 @@ fn compensated(
 }
 
 fn values(matrix: &QuantizedMatrix) -> Vec<f32> {
-    nn::dequantize(&Stored::Columns(matrix.clone()))
+    nn::dequantize(&Stored::Columns(matrix.clone())).unwrap()
 }
 
 use store::packed::QuantizedMatrix;
@@ -414,6 +414,8 @@ fn short_groups_are_said() {
         shape: [48, 128],
         bias: false,
         plus_one: false,
+        kernel: None,
+        spelling: nn::Spelling::Dotted,
     };
     assert_eq!(short_group(&name, &options(4, 64), Direction::Oc), None);
     let note = short_group(&name, &options(4, 64), Direction::Ic).unwrap();

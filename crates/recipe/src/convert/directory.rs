@@ -179,8 +179,7 @@ fn dense_type(number: Option<NumberType>, stored: Dtype) -> Dtype {
 fn dequantised_type(number: Option<NumberType>, stored: &Stored) -> Dtype {
     let scales: &[f32] = match stored {
         Stored::Grid(m) | Stored::Columns(m) => &m.scales,
-        #[allow(unreachable_patterns)]
-        _ => &[],
+        Stored::Pyramid(m) => &m.norms,
     };
     let half = scales.iter().all(|s| half::f16::from_f32(*s).to_f32() == *s);
     dense_type(number, if half { Dtype::F16 } else { Dtype::BF16 })
@@ -217,7 +216,7 @@ pub(super) fn dense(job: &ConvertJob) -> Result<Converted> {
         let Some(config) = &config else { continue };
         let stored = load(&checkpoint, module, config)?;
         let dtype = dequantised_type(number, &stored);
-        let values = nn::dequantize(&stored);
+        let values = nn::dequantize(&stored)?;
         let [rows, columns] = stored.shape();
         let name = format!("{module}.weight");
         if transposed.contains(module.as_str()) {

@@ -12,6 +12,7 @@
 //! `columns`: `P.qweight` i32 `[rows, words]`, codes dense in natural order, every row padded to
 //! whole words; `P.scales` f16 or bf16 `[rows, groups]`; `P.qzeros` i32 `[rows, words]`, packed like
 //! the codes, absent for symmetric grids; `P.g_idx` i32 `[in]` where groups are not consecutive.
+//! Pyramid codes are described in [`super::pyramid`].
 
 use std::collections::BTreeMap;
 
@@ -20,6 +21,7 @@ use serde_json::{Value, json};
 
 use super::bits::{pack_rows, unpack_rows, words_for, words_to_bytes};
 use super::fetch::{expect_shape, matrix, words};
+use super::pyramid::{self, PyramidCode, PyramidMatrix};
 use super::{PackedTensor, QuantizedMatrix};
 use crate::checkpoint::Checkpoint;
 use crate::convert;
@@ -37,6 +39,8 @@ pub enum Stored {
     /// An integer grid with groups along the output inside one input channel: the grid of the
     /// transposed weight, `[in, out]`.
     Columns(QuantizedMatrix),
+    /// Directions on a pyramid lattice with lengths.
+    Pyramid(PyramidMatrix),
 }
 
 impl Stored {
@@ -45,6 +49,7 @@ impl Stored {
         match self {
             Self::Grid(m) => [m.out_features, m.in_features],
             Self::Columns(m) => [m.in_features, m.out_features],
+            Self::Pyramid(m) => m.code.shape,
         }
     }
 
@@ -52,6 +57,7 @@ impl Stored {
     pub fn bits_per_weight(&self) -> f64 {
         match self {
             Self::Grid(m) | Self::Columns(m) => m.bits_per_weight(),
+            Self::Pyramid(m) => m.code.bits_per_weight(),
         }
     }
 
@@ -59,6 +65,7 @@ impl Stored {
     pub fn bits(&self) -> Option<u8> {
         match self {
             Self::Grid(m) | Self::Columns(m) => Some(m.bits),
+            Self::Pyramid(_) => None,
         }
     }
 
@@ -66,6 +73,7 @@ impl Stored {
     pub fn group_size(&self) -> Option<usize> {
         match self {
             Self::Grid(m) | Self::Columns(m) => Some(m.group_size),
+            Self::Pyramid(m) => Some(m.code.dimension),
         }
     }
 
@@ -74,6 +82,7 @@ impl Stored {
         match self {
             Self::Grid(_) => "grid",
             Self::Columns(_) => "columns",
+            Self::Pyramid(_) => "pyramid",
         }
     }
 
@@ -84,6 +93,7 @@ impl Stored {
     pub fn check(&self, module: &str) -> Result<()> {
         match self {
             Self::Grid(m) | Self::Columns(m) => m.check(module),
+            Self::Pyramid(m) => m.check(module),
         }
     }
 }
@@ -96,6 +106,8 @@ pub enum Module {
     Grid(Grid),
     /// See [`Stored::Columns`].
     Columns(Grid),
+    /// See [`Stored::Pyramid`].
+    Pyramid(PyramidCode),
 }
 
 /// The description of an integer grid.
@@ -125,6 +137,7 @@ pub fn describe(stored: &Stored) -> Module {
     match stored {
         Stored::Grid(m) => Module::Grid(grid(m)),
         Stored::Columns(m) => Module::Columns(grid(m)),
+        Stored::Pyramid(m) => Module::Pyramid(m.code.clone()),
     }
 }
 
@@ -136,6 +149,7 @@ pub fn pack(module: &str, stored: &Stored, scale_type: Dtype) -> Result<Vec<Pack
     stored.check(module)?;
     match stored {
         Stored::Grid(m) | Stored::Columns(m) => pack_grid(module, m, scale_type),
+        Stored::Pyramid(m) => pyramid::pack(module, m),
     }
 }
 
@@ -175,6 +189,10 @@ pub fn unpack(checkpoint: &Checkpoint, module: &str, description: &Module) -> Re
         Module::Columns(grid) => {
             let [out, width] = grid.shape;
             Stored::Columns(unpack_grid(checkpoint, module, grid, [width, out])?)
+        }
+        // Checked while it was read, with the names of its tensors.
+        Module::Pyramid(code) => {
+            return Ok(Stored::Pyramid(pyramid::unpack(checkpoint, module, code)?));
         }
     };
     stored.check(module)?;
