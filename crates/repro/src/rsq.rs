@@ -15,6 +15,8 @@ use crate::{Findings, Reproduction, Result, Settings};
 use compress::rsq::importance::Importance;
 use compress::rsq::{Base, RotationChoice, RsqOptions};
 use compress::{Calibration, Format, Method, Plan, QuantizeOptions, Target};
+use data::almanac::Almanac;
+use data::text;
 use nn::Model;
 use report::{Cell, Claim, Column, Table};
 use serde_json::{Value, json};
@@ -161,7 +163,7 @@ fn run(settings: &Settings) -> Result<Findings> {
         &ARMS
     };
     let strategies = |subject: &Subject, bits: u8| {
-        let here = subject.name.starts_with("almanac") && subject.weights == "natural" && bits == 3;
+        let here = almanac(subject) && bits == 3;
         if here && !settings.fast { &STRATEGIES[..] } else { &[] }
     };
     let mut runs = 0;
@@ -211,7 +213,10 @@ fn run(settings: &Settings) -> Result<Findings> {
         }
     }
     progress.finish();
-    findings.tables.push(table(&measured, arms));
+    if let Some(subject) = subjects.iter().find(|s| almanac(s) && !settings.fast) {
+        findings.tables.push(facts_and_windows(settings, subject)?);
+    }
+    findings.tables.insert(0, table(&measured, arms));
     if let Some(strategies) = strategy_table(&measured) {
         findings.tables.push(strategies);
     }
@@ -228,6 +233,53 @@ fn run(settings: &Settings) -> Result<Findings> {
     });
     findings.claims.extend(importance_helps(&measured));
     Ok(findings)
+}
+
+/// The almanac model as it is.
+fn almanac(subject: &Subject) -> bool {
+    subject.name.starts_with("almanac") && subject.weights == "natural"
+}
+
+/// Where importance could differ from what short windows show: facts that are recalled after
+/// quantising to 2 bits, and windows four times as long.
+fn facts_and_windows(settings: &Settings, subject: &Subject) -> Result<Table> {
+    let arms = [Arm::RotatedGptq, Arm::Rsq(ATTENTION, 0.01), Arm::Rsq(ATTENTION, 0.1)];
+    let model = Model::open(&subject.path)?;
+    let world = Almanac::embedded();
+    let columns = vec![
+        Column::left("weights of tokens"),
+        Column::right("2 bits row: held-out facts"),
+        Column::right("3 bits row, windows of 512: perplexity"),
+    ];
+    let mut table = Table::new("Facts and long windows, almanac-3m", columns);
+    let progress = report::Progress::new("facts and long windows", 18, "runs");
+    for arm in arms {
+        let (mut known, mut long) = (Vec::new(), Vec::new());
+        for &seed in &SEEDS {
+            let text = arms::calibration(settings, subject, seed)?;
+            let path = job(settings, &model, &arm.options((2, 0), seed), &text, "facts")?;
+            let quantised = Model::open(&path)?;
+            let scores = eval::facts(&quantised, &subject.tokenizer, world.facts())?;
+            known.push(scores.heldout.accuracy());
+            progress.inc(1);
+            // As many tokens in a quarter of the windows.
+            let count = text.windows() / 4;
+            let (source, tokenizer) = (&subject.calibration, &subject.tokenizer);
+            let windows = text::calibration_random(source, tokenizer, count, 512, seed)?;
+            let text = Calibration::new(windows.tokens, windows.length)?;
+            let path = job(settings, &model, &arm.options((3, 0), seed), &text, "long")?;
+            let tokens = &subject.evaluation;
+            let measured = eval::perplexity(&Model::open(&path)?, tokens, 512, 512)?;
+            long.push(measured.perplexity);
+            progress.inc(1);
+        }
+        let label = if arm == Arm::RotatedGptq { "uniform".into() } else { arm.label() };
+        let half = spread(&known) / 2.0 * 100.0;
+        let facts = format!("{:.1} % ±{half:.1}", mean(&known) * 100.0);
+        table.push(vec![Cell::text(label), Cell::text(facts), cell(&long)]);
+    }
+    progress.finish();
+    Ok(table)
 }
 
 /// Quantises or rotates into a folder of its own.

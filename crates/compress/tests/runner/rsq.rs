@@ -233,6 +233,20 @@ fn every_strategy_weighs_and_reports() {
     assert_eq!(number(&first_layer(&input, expand, &text), "tokens"), 4.0 * 6.0 * 32.0);
 }
 
+/// Fewer tokens than inputs: it works on the damping, and the user is told the rank.
+#[test]
+fn too_few_tokens_are_said() {
+    let scratch = Scratch::new();
+    let input = scratch.path("in");
+    tiny_checkpoint(&input, Family::Llama, 5).unwrap();
+    let options = options_of(RsqOptions::default(), 4);
+    let outcome = quantize(&input, &scratch.path("few"), &options, &calibration(1, 20, 2));
+    let said = |w: &String| w.contains("down_proj") && w.contains("rank 20");
+    assert!(outcome.warnings.iter().any(said), "{:?}", outcome.warnings);
+    let outcome = quantize(&input, &scratch.path("enough"), &options, &calibration(4, 20, 2));
+    assert!(outcome.warnings.is_empty(), "{:?}", outcome.warnings);
+}
+
 #[test]
 fn rotation_saves_rounding_from_outliers() {
     let scratch = Scratch::new();
