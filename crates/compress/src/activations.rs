@@ -8,6 +8,9 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+/// Spill files made by this process.
+static STORES: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+
 /// Named rows of `f32`, one slot per calibration batch.
 #[derive(Debug)]
 pub struct Activations {
@@ -98,6 +101,15 @@ impl Activations {
         }
     }
 
+    /// A second store with the same values, budget and directory.
+    pub fn duplicate(&self) -> Result<Self> {
+        let mut copy = Self::new(self.slots.len(), self.budget, &self.directory);
+        for index in 0..self.slots.len() {
+            copy.put(index, self.get(index)?)?;
+        }
+        Ok(copy)
+    }
+
     /// Takes the values out of slot `index`, leaving it empty.
     pub fn take(&mut self, index: usize) -> Result<Vec<f32>> {
         match self.release(index) {
@@ -134,7 +146,10 @@ impl Activations {
 
     fn spill(&mut self) -> Result<&mut Spill> {
         if self.spill.is_none() {
-            let path = self.directory.join(format!("activations-{:p}.tmp", self));
+            // The number keeps stores apart wherever they are moved to.
+            let number = STORES.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let process = std::process::id();
+            let path = self.directory.join(format!("activations-{process}-{number}.tmp"));
             std::fs::create_dir_all(&self.directory).map_err(|e| io(&self.directory, e))?;
             let file = File::options()
                 .read(true)
@@ -190,6 +205,10 @@ mod tests {
         store.put(1, vec![7.0; 8]).unwrap();
         assert_eq!(store.spill.as_ref().unwrap().end, 64, "the freed place is used again");
         assert_eq!(store.take(0).unwrap(), [0.0; 8]);
+        let copy = store.duplicate().unwrap();
+        assert_eq!(copy.get(2).unwrap(), [2.0; 8]);
+        assert_eq!(copy.get(1).unwrap(), [7.0; 8]);
+        drop(copy);
         store.put(2, vec![9.0; 4]).unwrap();
         assert_eq!(store.get(2).unwrap(), [9.0; 4]);
         assert_eq!(store.get(1).unwrap(), [7.0; 8]);

@@ -23,6 +23,9 @@ pub enum Error {
     /// A network error.
     #[error(transparent)]
     Network(#[from] nn::Error),
+    /// An error of the trainer's machinery.
+    #[error(transparent)]
+    Train(#[from] train::Error),
     /// A data error.
     #[error(transparent)]
     Data(#[from] data::Error),

@@ -4,7 +4,8 @@
 //! - `grid`: bits, groups, symmetry, rounding, shared by all;
 //! - `statistics`: what calibration accumulates, as a tap;
 //! - `options`, `plan`, `calibration`: a job's definition, what it will do, its text;
-//! - `quantize`: quantising as a job of the runner;
+//! - `quantize`, `prune`: quantising and pruning as jobs of the runner;
+//! - `mask`: which weights go, shared by all pruners (`wanda`, `sparsegpt`, `d_pruner`, ...);
 //! - `allocate`: a budget over layers; `stream`: looking at a network before deciding;
 //! - `runner`, `block`, `activations`: the walk over blocks, within the memory contract.
 //!
@@ -22,6 +23,7 @@ pub mod gptq;
 pub mod grid;
 pub mod layer_adaptive_pruning;
 pub mod layerwise_quant;
+pub mod mask;
 pub mod options;
 pub mod plan;
 pub mod prune;
@@ -30,13 +32,16 @@ pub mod quantize;
 pub mod rsq;
 pub mod rtn;
 pub mod runner;
+pub mod sparsegpt;
 pub mod statistics;
 pub mod stream;
+pub mod wanda;
 
 pub use block::{Calibration, LayerResult};
 pub use error::{Error, Result};
 pub use options::{Format, Method, QuantizeOptions};
 pub use plan::Plan;
+pub use prune::{PruneMethod, PruneOptions};
 pub use quantize::run;
 pub use runner::{Outcome, Target};
 

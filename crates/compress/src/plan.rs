@@ -44,36 +44,10 @@ impl Plan {
         let only = patterns(&options.only)?;
         let overrides: Vec<Pattern> =
             options.overrides.iter().map(|o| pattern(&o.pattern)).collect::<Result<_>>()?;
-        let all: Vec<String> = (0..decoder.num_blocks())
-            .flat_map(|i| decoder.linears(i))
-            .map(|name| name.module)
-            .collect();
-        for (text, pattern) in options
-            .exclude
-            .iter()
-            .zip(&exclude)
-            .chain(options.only.iter().zip(&only))
-            .chain(options.overrides.iter().map(|o| &o.pattern).zip(&overrides))
-        {
-            // The head and the embedding are never quantised; excluding them by name is no mistake.
-            let known = all.iter().any(|name| pattern.matches(name))
-                || decoder.other_names().iter().any(|name| pattern.matches(&name.module))
-                || pattern.matches("lm_head");
-            if !known {
-                // Patterns usually name the end of a layer's name: compare with every end.
-                let bare = text.trim_matches(['*', '.']);
-                let ends = all.iter().flat_map(|name| {
-                    let tails =
-                        name.match_indices('.').filter_map(move |(at, _)| name.get(at + 1..));
-                    std::iter::once(name.as_str()).chain(tails)
-                });
-                let near = method::nearest(bare, ends);
-                return Err(Error::Options(format!(
-                    "pattern `{text}` matches no layer{}",
-                    near.map(|n| format!("; the nearest name is `{n}`")).unwrap_or_default()
-                )));
-            }
-        }
+        let named = options.exclude.iter().zip(&exclude).chain(options.only.iter().zip(&only));
+        let named =
+            named.chain(options.overrides.iter().map(|o| &o.pattern).zip(&overrides)).collect();
+        check_patterns(decoder, named)?;
         let mut plan = Self {
             blocks: Vec::new(),
             bytes_before: checkpoint.total_bytes(),
@@ -138,11 +112,39 @@ impl Plan {
     }
 }
 
+/// Refuses patterns that match no layer, with the nearest name.
+pub(crate) fn check_patterns(decoder: &Decoder, named: Vec<(&String, &Pattern)>) -> Result<()> {
+    let all: Vec<String> = (0..decoder.num_blocks())
+        .flat_map(|i| decoder.linears(i))
+        .map(|name| name.module)
+        .collect();
+    for (text, pattern) in named {
+        // The head and the embedding are never compressed; excluding them by name is no mistake.
+        let known = all.iter().any(|name| pattern.matches(name))
+            || decoder.other_names().iter().any(|name| pattern.matches(&name.module))
+            || pattern.matches("lm_head");
+        if !known {
+            // Patterns usually name the end of a layer's name: compare with every end.
+            let bare = text.trim_matches(['*', '.']);
+            let ends = all.iter().flat_map(|name| {
+                let tails = name.match_indices('.').filter_map(move |(at, _)| name.get(at + 1..));
+                std::iter::once(name.as_str()).chain(tails)
+            });
+            let near = method::nearest(bare, ends);
+            return Err(Error::Options(format!(
+                "pattern `{text}` matches no layer{}",
+                near.map(|n| format!("; the nearest name is `{n}`")).unwrap_or_default()
+            )));
+        }
+    }
+    Ok(())
+}
+
 fn pattern(text: &str) -> Result<Pattern> {
     Pattern::new(text).map_err(Error::Options)
 }
 
-fn patterns(texts: &[String]) -> Result<Vec<Pattern>> {
+pub(crate) fn patterns(texts: &[String]) -> Result<Vec<Pattern>> {
     texts.iter().map(|text| pattern(text)).collect()
 }
 

@@ -9,11 +9,12 @@
 use crate::activations::Activations;
 use crate::block::{BlockJob, Calibration, LayerResult};
 use crate::grid::ScaleType;
-use crate::plan::Plan;
+use crate::plan::{LayerPlan, Plan};
 use crate::{Error, Result};
 use nn::{Context, Decoder, Leaf, Model, Name, Overlay, Role, Stored, Taps, Weights};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use store::packed::sparse::{self, SparseLayout};
 use store::packed::{Layout, own, pack};
 use store::{Checkpoint, Dtype, WriteOptions, Writer};
 use tensor::host;
@@ -25,6 +26,8 @@ pub enum Container {
     Dense,
     /// A packed layout.
     Packed(Layout),
+    /// Pruned layers in a sparse layout, the others dense.
+    Sparse(SparseLayout),
 }
 
 /// A job on the runner.
@@ -189,25 +192,15 @@ pub fn run_job(
     }
     let mut spilled_bytes = 0;
     for (index, sets) in plan.blocks.iter().enumerate().skip(resumed_blocks) {
-        let mut weights = Overlay::new(source.weights);
-        weights.load(source.decoder.names(index)?.all())?;
-        let mut block = BlockJob {
-            decoder: source.decoder,
+        let mut block = open_block(
+            source,
             index,
             sets,
-            weights,
             calibration,
-            scale_type: walk.scale_type(),
-            resid: &mut resid,
-            branch: &mut branch,
-            kept: BTreeMap::new(),
-            stored: BTreeMap::new(),
-            results: Vec::new(),
-            warnings: Vec::new(),
-            record: None,
-            files: Vec::new(),
-        };
-        block.check_finite()?;
+            walk.scale_type(),
+            &mut resid,
+            &mut branch,
+        )?;
         job.block(&mut block)?;
         for (file, bytes) in &block.files {
             writer.put_file(file, bytes)?;
@@ -250,6 +243,72 @@ pub fn run_job(
     let path = writer.finish()?;
     progress.finish();
     Ok(Outcome { path, layers, warnings, notes: Vec::new(), resumed_blocks, spilled_bytes })
+}
+
+/// The working copy of block `index`, its weights checked.
+fn open_block<'a>(
+    source: Source<'a>,
+    index: usize,
+    sets: &'a [Vec<LayerPlan>],
+    calibration: &'a Calibration,
+    scale_type: ScaleType,
+    resid: &'a mut Activations,
+    branch: &'a mut Activations,
+) -> Result<BlockJob<'a>> {
+    let mut weights = Overlay::new(source.weights);
+    weights.load(source.decoder.names(index)?.all())?;
+    let block = BlockJob {
+        decoder: source.decoder,
+        index,
+        sets,
+        weights,
+        calibration,
+        scale_type,
+        resid,
+        branch,
+        kept: BTreeMap::new(),
+        stored: BTreeMap::new(),
+        results: Vec::new(),
+        warnings: Vec::new(),
+        record: None,
+        files: Vec::new(),
+    };
+    block.check_finite()?;
+    Ok(block)
+}
+
+/// Walks over the blocks as a job does, but writes no checkpoint: for passes that only look.
+///
+/// `done` blocks need not be visited again; the residual stream is kept in `scratch`, so that a
+/// later call with more of them done goes on where this one was stopped.
+pub(crate) fn walk(
+    source: Source<'_>,
+    plan: &Plan,
+    calibration: &Calibration,
+    memory: u64,
+    done: usize,
+    scratch: &Path,
+    mut visit: impl FnMut(&mut BlockJob<'_>) -> Result<()>,
+) -> Result<()> {
+    let walk = Walk { source, calibration, container: Container::Dense };
+    let batches = calibration.batches();
+    let mut resid = Activations::new(batches, memory / 2, scratch);
+    let mut branch = Activations::new(batches, memory / 2, scratch);
+    // A kill between a block's result and its boundary leaves the boundary before.
+    let first = (1..=done).rev().find(|&i| boundary_path(scratch, i).is_file()).unwrap_or(0);
+    walk.enter(first, scratch, &mut resid)?;
+    for (index, sets) in plan.blocks.iter().enumerate().skip(first) {
+        let scale = walk.scale_type();
+        let mut block =
+            open_block(source, index, sets, calibration, scale, &mut resid, &mut branch)?;
+        visit(&mut block)?;
+        block.warnings.iter().for_each(|warning| report::warn(warning));
+        if index + 1 < plan.blocks.len() {
+            save_boundary(scratch, index + 1, &resid)?;
+        }
+        remove_boundary(scratch, index);
+    }
+    Ok(())
 }
 
 /// What the journal keeps of a block.
@@ -407,6 +466,8 @@ impl Walk<'_> {
     /// Strata's own container holds of it.
     fn write_block(&self, writer: &mut Writer, job: &BlockJob<'_>) -> Result<own::Modules> {
         let mut modules = own::Modules::new();
+        let pruned =
+            |module: &str| job.results.iter().any(|r| r.module == module && r.sparsity.is_some());
         for name in self.source.decoder.names(job.index)?.all() {
             let weight = name.weight();
             match (job.stored.get(&name.module), self.container) {
@@ -415,6 +476,9 @@ impl Walk<'_> {
                         modules.insert(name.module.clone(), own::describe(stored));
                     }
                     self.add_packed(writer, name, stored, layout)?;
+                }
+                (_, Container::Sparse(layout)) if pruned(&name.module) => {
+                    self.add_sparse(writer, name, layout, job)?;
                 }
                 _ if name.role.is_norm() => {
                     let values = job.vector(name, Leaf::Weight)?;
@@ -469,6 +533,27 @@ impl Walk<'_> {
             }
         };
         for (tensor, dtype, shape, bytes) in tensors {
+            writer.add(&tensor, dtype, &shape, &bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Writes a pruned matrix in a sparse layout, in the checkpoint's own type.
+    fn add_sparse(
+        &self,
+        writer: &mut Writer,
+        name: &Name,
+        layout: SparseLayout,
+        job: &BlockJob<'_>,
+    ) -> Result<()> {
+        let values = host::into_vec(job.weights.matrix(name)?);
+        let dtype = self.type_of(&name.weight())?;
+        let bytes = store::convert::from_f32(&values, dtype).ok_or_else(|| {
+            Error::layer(&name.module, format!("cannot be written as {}", dtype.name()))
+        })?;
+        for (tensor, dtype, shape, bytes) in
+            sparse::pack(layout, &name.module, dtype, name.shape, &bytes)?
+        {
             writer.add(&tensor, dtype, &shape, &bytes)?;
         }
         Ok(())
@@ -577,6 +662,11 @@ impl Walk<'_> {
     ) -> Result<()> {
         let checkpoint = self.source.checkpoint;
         let mut config = self.source.config.clone();
+        if let Some(object) = config.as_object_mut().filter(|_| quantization.is_none()) {
+            // A sparse checkpoint has been read as a dense one.
+            object.shift_remove("quantization_config");
+            object.shift_remove("compression_config");
+        }
         if let (Some(json), Some(object)) = (quantization, config.as_object_mut()) {
             object.insert("quantization_config".into(), json.clone());
             if half(self.container) {
@@ -590,20 +680,7 @@ impl Walk<'_> {
                 writer.put_json("quantize_config.json", &json)?;
             }
         }
-        let own = [
-            "config.json",
-            "quantize_config.json",
-            "strata.json",
-            "report.html",
-            "report.json",
-            "losses.jsonl",
-        ];
-        let directory = checkpoint.directory();
-        if checkpoint.gguf_metadata().is_some() {
-            self.write_gguf_tokenizer(writer)?;
-        } else if directory.join("config.json").is_file() {
-            writer.carry(directory, &own)?;
-        }
+        carry(writer, checkpoint)?;
         writer.put_json("config.json", &config)?;
         let mut record = serde_json::json!({
             "strata": env!("CARGO_PKG_VERSION"),
@@ -627,15 +704,35 @@ impl Walk<'_> {
         writer.put_json("strata.json", &record)?;
         Ok(())
     }
+}
 
-    /// A GGUF file holds its tokenizer inside; other containers need it as files.
-    fn write_gguf_tokenizer(&self, writer: &mut Writer) -> Result<()> {
-        let tokenizer = data::Tokenizer::from_checkpoint(self.source.checkpoint)?;
-        for (name, text) in tokenizer.to_files()? {
-            writer.put_file(name, text.as_bytes())?;
-        }
-        Ok(())
+/// Copies what lies beside the weights (tokenizer, generation settings, licence, ...) except what a
+/// job writes itself: `config.json` and its own records.
+pub(crate) fn carry(writer: &mut Writer, checkpoint: &Checkpoint) -> Result<()> {
+    let own = [
+        "config.json",
+        "quantize_config.json",
+        "strata.json",
+        "report.html",
+        "report.json",
+        "losses.jsonl",
+    ];
+    let directory = checkpoint.directory();
+    if checkpoint.gguf_metadata().is_some() {
+        write_gguf_tokenizer(writer, checkpoint)?;
+    } else if directory.join("config.json").is_file() {
+        writer.carry(directory, &own)?;
     }
+    Ok(())
+}
+
+/// A GGUF file holds its tokenizer inside; other containers need it as files.
+fn write_gguf_tokenizer(writer: &mut Writer, checkpoint: &Checkpoint) -> Result<()> {
+    let tokenizer = data::Tokenizer::from_checkpoint(checkpoint)?;
+    for (name, text) in tokenizer.to_files()? {
+        writer.put_file(name, text.as_bytes())?;
+    }
+    Ok(())
 }
 
 fn boundary_path(scratch: &Path, index: usize) -> PathBuf {

@@ -27,10 +27,10 @@ pub fn dequantize(stored: &Stored) -> Result<Vec<f32>> {
 pub(crate) enum Kernel {
     /// Integer grid along the input.
     Grid(Arc<LowBit>),
-    /// Pyramid codes.
-    Pyramid(Arc<Pyramid>),
     /// Integer grid along the output.
     Columns(Arc<LowBitColumns>),
+    /// Pyramid codes.
+    Pyramid(Arc<Pyramid>),
     /// f32, for what has no kernel of its own.
     Dense(Arc<Vec<f32>>),
 }
@@ -60,8 +60,8 @@ impl Kernel {
     ) {
         match self {
             Self::Grid(m) => m.linear(x, rows, bias, y),
-            Self::Pyramid(m) => m.linear(x, rows, bias, y),
             Self::Columns(m) => m.linear(x, rows, bias, y),
+            Self::Pyramid(m) => m.linear(x, rows, bias, y),
             Self::Dense(w) => skinny::linear_f32(x, rows, w, out, width, bias, y),
         }
     }

@@ -86,7 +86,7 @@ impl QuantizeJob {
             // A resumed job whose output stands already only lacks its report.
             Err(Error::Compress(compress::Error::Store(store::Error::Complete { path }))) => {
                 report::note(&format!("{} is already complete", path.display()));
-                self.finished_outcome(path)?
+                finished_outcome(path)?
             }
             Err(error) => return Err(error),
         };
@@ -158,7 +158,7 @@ impl QuantizeJob {
             out: &self.out,
             resume: self.resume,
             overwrite: self.overwrite,
-            provenance: self.provenance(model)?,
+            provenance: provenance(model)?,
         };
         let outcome = compress::run(model, plan, options, calibration, &target, &progress)?;
         if outcome.resumed_blocks > 0 {
@@ -180,51 +180,8 @@ impl QuantizeJob {
             &self.options.calibration,
             self.options.method,
             || Ok(Tokenizer::from_checkpoint(&model.checkpoint)?),
-            || {
-                let known = crate::measure::almanac_of(model.checkpoint.directory());
-                if known.is_none() {
-                    report::warn(
-                        "no --calibration file: using the embedded almanac, which is not the \
-                         text this model was trained on",
-                    );
-                }
-                Ok(known.unwrap_or_else(Almanac::embedded).documents(Split::Validation))
-            },
+            || Ok(general_text(model)),
         )?)
-    }
-
-    /// Where the input comes from: its name, the hashes of its small files, size and name of its
-    /// weight files (hashing many gigabytes would double the reading), and its own record.
-    fn provenance(&self, model: &Model) -> Result<serde_json::Value> {
-        let directory = model.checkpoint.directory();
-        let mut files = serde_json::Map::new();
-        for path in model.checkpoint.files() {
-            let name = path.file_name().map(|n| n.to_string_lossy().into_owned());
-            let size = std::fs::metadata(path).map(|m| m.len()).unwrap_or(0);
-            files.insert(name.unwrap_or_default(), serde_json::json!({"bytes": size}));
-        }
-        for name in ["config.json", "tokenizer.json", "tokenizer.model"] {
-            let path = directory.join(name);
-            if path.is_file() {
-                let hash = store::sha256_file(&path)?;
-                files.insert(name.into(), serde_json::json!({"sha256": hash}));
-            }
-        }
-        let own = std::fs::read(directory.join("strata.json"))
-            .ok()
-            .and_then(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).ok());
-        // Per-layer results of an earlier job belong to that job's output.
-        let own = own.map(|mut value| {
-            if let Some(object) = value.as_object_mut() {
-                object.remove("layers");
-            }
-            value
-        });
-        Ok(serde_json::json!({
-            "model": directory.file_name().map(|n| n.to_string_lossy().into_owned()),
-            "files": files,
-            "made_by": own,
-        }))
     }
 
     fn measure(&self, before: &Model, after: &Model) -> Result<Comparison> {
@@ -236,19 +193,71 @@ impl QuantizeJob {
             text: measurement.source.clone(),
         })
     }
+}
 
-    /// The outcome of a job that had finished before, from its own record.
-    fn finished_outcome(&self, path: PathBuf) -> Result<Outcome> {
-        let layers = read_layers(&path)?;
-        Ok(Outcome {
-            path,
-            layers,
-            warnings: Vec::new(),
-            notes: Vec::new(),
-            resumed_blocks: 0,
-            spilled_bytes: 0,
-        })
+/// Where the input comes from: its name, the hashes of its small files, size and name of its
+/// weight files (hashing many gigabytes would double the reading), and its own record.
+pub(crate) fn provenance(model: &Model) -> Result<serde_json::Value> {
+    provenance_of(&model.checkpoint)
+}
+
+/// As [`provenance`], of a checkpoint of any family.
+pub(crate) fn provenance_of(checkpoint: &store::Checkpoint) -> Result<serde_json::Value> {
+    let directory = checkpoint.directory();
+    let mut files = serde_json::Map::new();
+    for path in checkpoint.files() {
+        let name = path.file_name().map(|n| n.to_string_lossy().into_owned());
+        let size = std::fs::metadata(path).map(|m| m.len()).unwrap_or(0);
+        files.insert(name.unwrap_or_default(), serde_json::json!({"bytes": size}));
     }
+    for name in ["config.json", "tokenizer.json", "tokenizer.model"] {
+        let path = directory.join(name);
+        if path.is_file() {
+            let hash = store::sha256_file(&path)?;
+            files.insert(name.into(), serde_json::json!({"sha256": hash}));
+        }
+    }
+    let own = std::fs::read(directory.join("strata.json"))
+        .ok()
+        .and_then(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).ok());
+    // Per-layer results of an earlier job belong to that job's output.
+    let own = own.map(|mut value| {
+        if let Some(object) = value.as_object_mut() {
+            object.remove("layers");
+        }
+        value
+    });
+    Ok(serde_json::json!({
+        "model": directory.file_name().map(|n| n.to_string_lossy().into_owned()),
+        "files": files,
+        "made_by": own,
+    }))
+}
+
+/// The text that calibration draws from when none is given: the validation part of the almanac that
+/// the model was trained on, or of the embedded one.
+pub(crate) fn general_text(model: &Model) -> data::text::Documents {
+    let known = crate::measure::almanac_of(model.checkpoint.directory());
+    if known.is_none() {
+        report::warn(
+            "no --calibration file: using the embedded almanac, which is not the text this model \
+             was trained on",
+        );
+    }
+    known.unwrap_or_else(Almanac::embedded).documents(Split::Validation)
+}
+
+/// The outcome of a job that had finished before, from its own record.
+pub(crate) fn finished_outcome(path: PathBuf) -> Result<Outcome> {
+    let layers = read_layers(&path)?;
+    Ok(Outcome {
+        path,
+        layers,
+        warnings: Vec::new(),
+        notes: Vec::new(),
+        resumed_blocks: 0,
+        spilled_bytes: 0,
+    })
 }
 
 fn read_layers(path: &Path) -> Result<Vec<compress::LayerResult>> {

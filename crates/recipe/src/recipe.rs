@@ -10,9 +10,10 @@
 
 use crate::convert::{ConvertJob, ConvertOptions, Converted};
 use crate::measure::MeasureOptions;
+use crate::prune::{PruneJob, Pruned};
 use crate::quantize::{Finished, QuantizeJob};
 use crate::{Error, Result};
-use compress::QuantizeOptions;
+use compress::{PruneOptions, QuantizeOptions};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -35,6 +36,8 @@ pub enum Stage {
     Train(TrainStage),
     /// Quantise; the next stage reads the result
     Quantize(Box<QuantizeStage>),
+    /// Set weights to zero; the next stage reads the result
+    Prune(Box<PruneStage>),
     /// Write another container; the next stage reads it
     Convert(Box<ConvertStage>),
     /// Measure and print
@@ -66,6 +69,21 @@ pub struct QuantizeStage {
     pub measure: MeasureOptions,
 }
 
+/// A pruning stage: the options of `strata prune`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(default)]
+pub struct PruneStage {
+    /// Output directory
+    pub out: PathBuf,
+    /// Replace an existing output
+    pub overwrite: bool,
+    /// Options
+    #[serde(flatten)]
+    pub options: PruneOptions,
+    /// What to measure before and after
+    pub measure: MeasureOptions,
+}
+
 /// A conversion: the options of `strata convert`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(default)]
@@ -85,6 +103,8 @@ pub enum StageResult {
     Trained(train::TrainOutcome),
     /// A quantised model.
     Quantized(Box<Finished>),
+    /// A pruned model.
+    Pruned(Box<Pruned>),
     /// A converted model.
     Converted(Converted),
     /// A measurement.
@@ -146,6 +166,25 @@ impl Recipe {
                     let finished = job.run()?;
                     current = Some(finished.path.clone());
                     StageResult::Quantized(Box::new(finished))
+                }
+                Stage::Prune(stage) => {
+                    if stage.out.as_os_str().is_empty() {
+                        return Err(Error::Recipe(format!(
+                            "stage {}: prune needs `out`, the directory to write",
+                            index + 1
+                        )));
+                    }
+                    let job = PruneJob {
+                        model: input()?,
+                        out: stage.out.clone(),
+                        options: stage.options.clone(),
+                        measure: stage.measure.clone(),
+                        resume,
+                        overwrite: stage.overwrite,
+                    };
+                    let finished = job.run()?;
+                    current = Some(finished.path.clone());
+                    StageResult::Pruned(Box::new(finished))
                 }
                 Stage::Convert(stage) => {
                     let job = ConvertJob {
@@ -277,6 +316,27 @@ stages:
         assert_eq!(stage.options.calibration.samples, 128, "defaults stay");
         let again = Recipe::parse(&serde_json::to_string(&recipe).unwrap()).unwrap();
         assert_eq!(again, recipe);
+    }
+
+    #[test]
+    fn prune_then_quantise() {
+        let recipe = Recipe::parse(
+            "
+model: m
+stages:
+  - prune: { method: sparsegpt, pattern: '2:4', sparsegpt: { damping: 0.1 }, out: o, domain: { dialect: law } }
+  - quantize: { method: gptq, gptq: { keep_zeros: true }, out: p }
+",
+        )
+        .unwrap();
+        let Stage::Prune(stage) = &recipe.stages[0] else { panic!("{recipe:?}") };
+        assert_eq!(stage.options.method, compress::PruneMethod::SparseGpt);
+        assert_eq!(stage.options.pattern, compress::mask::Structure::TWO_OF_FOUR);
+        assert_eq!(stage.options.sparsegpt.damping, 0.1);
+        let again = Recipe::parse(&serde_json::to_string(&recipe).unwrap()).unwrap();
+        assert_eq!(again, recipe);
+        let message = Recipe::parse("stages: [{ prune: { sparsty: 0.5 } }]").unwrap_err();
+        assert!(message.contains("sparsty") && message.contains("sparsity"), "{message}");
     }
 
     #[test]

@@ -32,6 +32,9 @@ fn every_shipped_recipe_parses_and_its_options_can_work() {
             if let Stage::Quantize(stage) = stage {
                 stage.options.check().unwrap_or_else(|e| panic!("{}: {e}", path.display()));
             }
+            if let Stage::Prune(stage) = stage {
+                stage.options.check().unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+            }
         }
     }
 }
@@ -43,6 +46,8 @@ fn shipped_recipes_write_below_out_and_never_to_the_same_place() {
         for stage in &recipe.stages {
             let out = match stage {
                 Stage::Quantize(stage) => &stage.out,
+                Stage::Prune(stage) => &stage.out,
+                Stage::Convert(stage) => &stage.out,
                 Stage::Train(stage) => &stage.out,
                 Stage::Evaluate(_) => continue,
             };

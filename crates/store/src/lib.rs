@@ -20,7 +20,7 @@ pub mod safetensors;
 pub mod source;
 pub mod writer;
 
-pub use atomic::{sha256_file, write_atomic};
+pub use atomic::{sha256_bytes, sha256_file, write_atomic};
 pub use checkpoint::{Checkpoint, Container, WeightView};
 pub use dtype::{Dtype, GgmlType};
 pub use error::{Error, Result};

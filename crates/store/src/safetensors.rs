@@ -276,5 +276,37 @@ pub fn header_bytes(
     Ok(bytes)
 }
 
+/// A small file in memory: name, type, shape and little-endian bytes of every tensor. Types of the
+/// largest alignment come first, so that every tensor is aligned; otherwise the order is kept.
+///
+/// # Errors
+/// When the bytes of a tensor do not fit its type and shape, or the header is too long.
+pub fn file_bytes<B: AsRef<[u8]>>(
+    file: &Path,
+    tensors: &[(String, Dtype, Vec<usize>, B)],
+) -> Result<Vec<u8>> {
+    let mut header = Vec::with_capacity(tensors.len());
+    let mut end = 0;
+    let mut sorted: Vec<&(String, Dtype, Vec<usize>, B)> = tensors.iter().collect();
+    sorted.sort_by_key(|(_, dtype, _, _)| std::cmp::Reverse(dtype.alignment()));
+    for (name, dtype, shape, bytes) in &sorted {
+        let start = end;
+        end += bytes.as_ref().len();
+        if dtype.bytes_for(shape.iter().product::<usize>() as u64) != Some((end - start) as u64) {
+            let reason = format!(
+                "{} bytes do not make `{name}`, {} of shape {shape:?}",
+                end - start,
+                dtype.name()
+            );
+            return Err(Error::output(file, reason));
+        }
+        let (name, shape) = (name.clone(), shape.clone());
+        header.push(Tensor { name, dtype: *dtype, shape, start, end });
+    }
+    let mut out = header_bytes(file, &BTreeMap::new(), &header, 0)?;
+    sorted.iter().for_each(|(_, _, _, bytes)| out.extend_from_slice(bytes.as_ref()));
+    Ok(out)
+}
+
 #[cfg(test)]
 pub(crate) mod tests;

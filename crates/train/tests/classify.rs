@@ -98,10 +98,10 @@ fn fine_tuning_learns_and_masked_weights_stay_zero() {
     }
     let mask = Mask::of_zeros(&params, layers.iter().map(String::as_str)).unwrap();
     let before = params.read(&layers[0], <[f32]>::to_vec).unwrap();
-    let losses =
-        finetune(&network, &mut params, &data, Some(&mask), &options(120, Mode::Evaluate)).unwrap();
-    assert_eq!(losses.len(), 120);
-    assert!(losses[119] < 0.5 * losses[0], "{} to {}", losses[0], losses[119]);
+    let faster = Finetune { learning_rate: 1e-2, ..options(300, Mode::Evaluate) };
+    let losses = finetune(&network, &mut params, &data, Some(&mask), &faster).unwrap();
+    assert_eq!(losses.len(), 300);
+    assert!(losses[299] < 0.3 * losses[0], "{} to {}", losses[0], losses[299]);
     let after = params.read(&layers[0], <[f32]>::to_vec).unwrap();
     assert!(after.iter().step_by(2).all(|v| v.to_bits() == 0));
     assert!(

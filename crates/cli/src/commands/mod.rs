@@ -7,6 +7,7 @@ pub mod eval;
 pub mod generate;
 pub mod inspect;
 pub mod methods;
+pub mod prune;
 pub mod quantize;
 pub mod repro;
 pub mod run;
@@ -21,6 +22,8 @@ pub enum Command {
     Inspect(inspect::Args),
     /// Make a checkpoint smaller and report what that cost
     Quantize(Box<quantize::Args>),
+    /// Set weights to zero and report what that cost
+    Prune(Box<prune::Args>),
     /// Write a checkpoint in another container: safetensors, GGUF, packed and sparse formats
     Convert(Box<convert::Args>),
     /// Measure a model: perplexity, accuracy, facts, multiple choice
@@ -46,6 +49,7 @@ pub fn run(command: Command) -> Result<()> {
     match command {
         Command::Inspect(args) => inspect::run(&args),
         Command::Quantize(args) => quantize::run(*args),
+        Command::Prune(args) => prune::run(*args),
         Command::Convert(args) => convert::run(*args),
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),

@@ -61,6 +61,11 @@ fn stage_text(result: &StageResult) -> String {
             brief(&finished.report).terminal(style),
             finished.path.join("report.html").display()
         ),
+        StageResult::Pruned(finished) => format!(
+            "{}\n{}\n\n",
+            brief(&finished.report).terminal(style),
+            finished.path.join("report.html").display()
+        ),
         StageResult::Converted(converted) => converted.report().terminal(style) + "\n",
         StageResult::Measured(measures) => {
             let mut text = measures.perplexity.table().terminal(style);
@@ -80,6 +85,9 @@ fn stage_json(result: &StageResult) -> Result<Value> {
         }
         StageResult::Quantized(finished) => {
             json!({"stage": "quantize", "out": finished.path, "result": finished.report.json()})
+        }
+        StageResult::Pruned(finished) => {
+            json!({"stage": "prune", "out": finished.path, "result": finished.report.json()})
         }
         StageResult::Converted(converted) => {
             json!({"stage": "convert", "out": converted.path, "result": converted})

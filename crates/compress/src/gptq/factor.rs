@@ -33,10 +33,40 @@ impl Factor {
     /// definite after damping; each names `layer`.
     pub fn of_hessian(
         layer: &str,
-        mut hessian: Vec<f64>,
+        hessian: Vec<f64>,
         width: usize,
         tokens: usize,
         options: &GptqOptions,
+    ) -> Result<Self> {
+        let hint = "use more or longer calibration samples, raise --damping, or pass \
+                    --on-failure rtn";
+        Self::damped(layer, hessian, [width, tokens], options, options.damping, hint)
+    }
+
+    /// As [`Factor::of_hessian`] in the stored order; ten times as much damping is tried when the
+    /// factorisation fails, as long as it does not exceed the mean of the diagonal.
+    ///
+    /// # Errors
+    /// As [`Factor::of_hessian`].
+    pub fn tenfold(
+        layer: &str,
+        hessian: Vec<f64>,
+        width: usize,
+        tokens: usize,
+        damping: f64,
+    ) -> Result<Self> {
+        let options = GptqOptions { damping, ..GptqOptions::default() };
+        let hint = "use more or longer calibration samples, or --exclude the layer";
+        Self::damped(layer, hessian, [width, tokens], &options, 1.0, hint)
+    }
+
+    fn damped(
+        layer: &str,
+        mut hessian: Vec<f64>,
+        [width, tokens]: [usize; 2],
+        options: &GptqOptions,
+        largest: f64,
+        hint: &str,
     ) -> Result<Self> {
         if let Some(bad) = (0..width).find(|&i| !hessian[i * width + i].is_finite()) {
             return Err(Error::layer(
@@ -75,19 +105,23 @@ impl Factor {
             Factorization::F64 => Precision::F64,
             Factorization::F32 => Precision::F32,
         };
-        let factored =
-            tensor::linalg::inverse_cholesky_upper(&hessian, width, options.damping, precision)
-                .map_err(|error| {
-                    Error::layer(
+        let mut fraction = options.damping;
+        let factored = loop {
+            match tensor::linalg::inverse_cholesky_upper(&hessian, width, fraction, precision) {
+                Ok(factored) => break factored,
+                // The tolerance lets 0.001 arrive at 1.
+                Err(_) if fraction * 10.0 <= largest * (1.0 + 1e-9) => fraction *= 10.0,
+                Err(error) => {
+                    return Err(Error::layer(
                         layer,
                         format!(
-                            "{error}; the Hessian of {width} inputs was made from {} tokens: use \
-                             more or longer calibration samples, raise --damping, or pass \
-                             --on-failure rtn",
-                            tokens
+                            "{error}; the Hessian of {width} inputs was made from {tokens} \
+                             tokens: {hint}"
                         ),
-                    )
-                })?;
+                    ));
+                }
+            }
+        };
         let (damping, upper) = (factored.damping, factored.upper.into_f32());
         Ok(Self { order, dead, upper, damping, width })
     }
@@ -121,6 +155,11 @@ impl Factor {
     /// Original columns that no calibration token excites.
     pub fn dead(&self) -> &[usize] {
         &self.dead
+    }
+
+    /// The factor `U`, `[in, in]` row-major, in the processing order.
+    pub fn upper(&self) -> &[f32] {
+        &self.upper
     }
 
     /// Refuses a weight of another width than the Hessian's.

@@ -253,7 +253,7 @@ tensor::simd! {
 
 tensor::simd! {
     /// `work[j, :] -= upper[j] * error` for every column `j` to the right inside the block.
-    fn spread_error(work: &mut [f32], error: &[f32], upper: &[f32]) {
+    pub(crate) fn spread_error(work: &mut [f32], error: &[f32], upper: &[f32]) {
         for (column, &factor) in work.chunks_exact_mut(error.len()).zip(upper) {
             for (w, &e) in column.iter_mut().zip(error) {
                 *w -= factor * e;

@@ -72,7 +72,7 @@ fn every_layer_holds_its_better_direction() {
             assert!(oc > 0.0 && ic > 0.0 && error(layer, "outlier") >= 1.0, "{case}: {layer:?}");
             let original = matrix(&before, name);
             let original = Matrix::new(name.out_features(), name.in_features(), original).unwrap();
-            let expected = nn::dequantize(&round(&original, &rules, &grid, chosen));
+            let expected = nn::dequantize(&round(&original, &rules, &grid, chosen)).unwrap();
             assert!(matrix(&after, name) == expected, "{case}: {name}");
             seen.push(chosen);
         }
@@ -124,7 +124,7 @@ fn errors_of_single_layers_are_their_output_errors() {
                 let [out, width] = name.shape;
                 let original = Matrix::new(out, width, matrix(&model, name)).unwrap();
                 let errors = Direction::BOTH.map(|d| {
-                    let values = nn::dequantize(&round(&original, &rules, &grid, d));
+                    let values = nn::dequantize(&round(&original, &rules, &grid, d)).unwrap();
                     linear_error(&original, &values, &covariance)
                 });
                 for (key, expected) in ["error_oc", "error_ic"].iter().zip(errors) {
@@ -180,7 +180,11 @@ fn module_errors_are_greedy() {
                     tensor::host::into_vec(y)
                 };
                 let before = run(&now);
-                put(&mut now, name, nn::dequantize(&round(&original, &rules, &grid, direction)));
+                put(
+                    &mut now,
+                    name,
+                    nn::dequantize(&round(&original, &rules, &grid, direction)).unwrap(),
+                );
                 for (a, b) in run(&now).iter().zip(&before) {
                     sum += f64::from(a - b) * f64::from(a - b);
                     count += 1;

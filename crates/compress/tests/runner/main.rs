@@ -6,11 +6,13 @@
 mod adadim;
 mod awq;
 mod common;
+mod d_pruner;
 mod durable;
 mod families;
 mod gptq;
 mod layerwise;
 mod packed;
+mod prune;
 mod refuse;
 mod rsq;
 mod survive;
