@@ -76,7 +76,7 @@ def jobs(methods):
                 arguments = ["quantize", "--method", method, "--bits", str(bits), *grid, *text, *own]
                 yield method, str(bits), arguments
         if "pvq" in methods and bits < 8:
-            arguments = ["quantize", "--method", "pvq", "--pvq-bits", str(bits), *CALIBRATION]
+            arguments = ["quantize", "--method", "pvq", "--pvq-rate", str(bits), *CALIBRATION]
             yield "pvq", str(bits), [*arguments, "--format", "strata"]
     if "layerwise-quant" in methods:
         for size in ("4.6", "3.6"):
@@ -93,11 +93,13 @@ def jobs(methods):
                 yield method, share, arguments
 
 
-def measure(model, text):
-    score = ask("eval", model, "--task", "perplexity", "--text", text, "--window", "256",
-                "--stride", "256")
-    facts = ask("eval", model, "--task", "facts")["heldout"]
-    return score["perplexity"], facts["correct"] / facts["total"]
+def measure(model, work):
+    """Perplexity and share of held-out facts, as the jobs themselves measure them."""
+    recipe = work / "evaluate.yaml"
+    recipe.write_text(f"model: {model}\nstages:\n  - evaluate: {{}}\n")
+    result = ask("run", recipe)[0]["result"]
+    facts = result["facts"]["heldout"]
+    return result["perplexity"]["perplexity"], facts["correct"] / facts["total"]
 
 
 def effective_bits(directory):
@@ -139,10 +141,7 @@ def main():
     rows, missing = [], []
     with tempfile.TemporaryDirectory(prefix="strata-compressors-") as work:
         work = pathlib.Path(work)
-        subprocess.run([STRATA, "-q", "data", "almanac", "--out", work / "almanac"], check=True,
-                       stdout=subprocess.DEVNULL)
-        text = work / "almanac" / "test.jsonl"
-        perplexity, facts = measure(args.model, text)
+        perplexity, facts = measure(args.model, work)
         rows.append({"method": "none", "asked": "", "bits": 16.0, "seconds": None, "peak": None,
                      "bytes": tensor_bytes(ROOT / args.model), "perplexity": perplexity,
                      "facts": facts})
@@ -159,7 +158,7 @@ def main():
             except Missing as error:
                 missing.append((method, asked, error.args[0][0]))
                 continue
-            perplexity, facts = measure(out, text)
+            perplexity, facts = measure(out, work)
             rows.append({"method": method, "asked": asked, "bits": effective_bits(out),
                          "bytes": tensor_bytes(out), "perplexity": perplexity, "facts": facts,
                          "seconds": seconds, "peak": peak})

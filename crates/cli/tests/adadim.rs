@@ -97,8 +97,8 @@ fn both_directions_in_one_container_and_in_the_report() {
     for (more, phrases) in [
         (&[][..], &["--dim ada", "compressed-tensors", "--format strata", "--dim oc"][..]),
         (
-            &["--dim", "heuristic", "--format", "gptq-v2"],
-            &["model.layers.0.self_attn.q_proj", "gptq-v2", "--dim oc"],
+            &["--dim", "heuristic", "--format", "compressed-tensors"],
+            &["model.layers.0.self_attn.q_proj", "compressed-tensors", "--dim oc"],
         ),
         (&["--format", "strata", "--select-by", "gptq"], &["--base gptq"]),
         (&["--format", "strata", "--granularity", "tensor"], &["no direction"]),

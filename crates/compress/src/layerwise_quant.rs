@@ -422,10 +422,10 @@ impl LayerwiseQuantOptions {
                     .into(),
             );
         }
-        if job.method == Method::Pvq {
+        if job.method == Method::Pvq && (job.pvq.rate.is_some() || job.pvq.pulses.is_some()) {
             return refuse(
-                "pvq has rates, not integer widths: layer-wise schedules work under rtn, gptq, \
-                 awq, adadim and rsq"
+                "--pvq-rate and --pvq-pulses fix one rate for every layer: drop them, and the \
+                 schedule's bits become rates"
                     .into(),
             );
         }
@@ -513,7 +513,15 @@ impl LayerwiseQuantOptions {
     }
 
     fn check_bytes(&self, job: &QuantizeOptions) -> Result<()> {
-        if matches!(self.budget, Some(Budget::Bytes(_))) && job.format == Format::Dequantized {
+        let bytes = matches!(self.budget, Some(Budget::Bytes(_)));
+        if bytes && matches!(job.method, Method::Rsq | Method::Pvq) {
+            return Err(Error::Options(format!(
+                "what {} writes besides codes depends on the weights, so bytes cannot be promised: \
+                 give the budget as bits per weight (3.25bpw)",
+                job.method.slug()
+            )));
+        }
+        if bytes && job.format == Format::Dequantized {
             return Err(Error::Options(
                 "the dequantized format is as large as the original whatever the bits: give the \
                  budget as bits per weight (3.25bpw), or another --format"

@@ -209,6 +209,10 @@ fn layer_charts(section: &mut Section, layers: &[LayerResult], blocks: usize) {
 }
 
 fn worst_layer(section: &mut Section, layer: &LayerResult) {
+    if layer.histogram.is_empty() {
+        section.text(format!("{}: relative error {:.3e}.", layer.module, error(layer)));
+        return;
+    }
     section.text(format!(
         "{}: relative error {:.3e}. How far its weights moved, in steps of their grid; plain \
          rounding stays within half a step.",
@@ -258,15 +262,17 @@ fn directions(section: &mut Section, layers: &[LayerResult]) {
     if measured {
         section.text(
             "Errors are mean squared changes at the named output on calibration tokens, each layer \
-             with the layers before it already quantised. The outlier is the largest mean magnitude \
-             of an input channel over the median one.",
+             with the layers before it already quantised. Outliers are the largest over \
+             the median: of inputs by mean magnitude (they speak for groups along the output), of \
+             rows by norm (they speak against).",
         );
         columns.extend([
             Column::left("judged by"),
             Column::right("error along input"),
             Column::right("error along output"),
             Column::right("output / input"),
-            Column::right("outlier"),
+            Column::right("input outlier"),
+            Column::right("row outlier"),
         ]);
     }
     let mut table = Table::new("", columns);
@@ -285,6 +291,7 @@ fn directions(section: &mut Section, layers: &[LayerResult]) {
                 error(ic),
                 ratio.map_or(Cell::Empty, |r| Cell::Float(r, 3)),
                 number("outlier").map_or(Cell::Empty, |o| Cell::Float(o, 1)),
+                number("row_outlier").map_or(Cell::Empty, |o| Cell::Float(o, 1)),
             ]);
         }
         table.push(row);

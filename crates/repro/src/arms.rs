@@ -179,20 +179,35 @@ pub fn measure(
 
 /// Calibration windows: 32 random ones of 128 tokens (16 when fast).
 pub fn calibration(settings: &Settings, subject: &Subject, seed: u64) -> Result<Calibration> {
-    let count = if settings.fast { 16 } else { 32 };
+    windows(subject, if settings.fast { 16 } else { 32 }, seed)
+}
+
+/// `count` random calibration windows.
+pub fn windows(subject: &Subject, count: usize, seed: u64) -> Result<Calibration> {
     let (length, documents) = (subject.window, &subject.calibration);
     let windows = text::calibration_random(documents, &subject.tokenizer, count, length, seed)?;
     Ok(Calibration::new(windows.tokens, windows.length)?)
 }
 
-/// Quantises a subject; the perplexity that comes out, and what every layer cost.
-pub fn run(
+fn run(
     settings: &Settings,
     subject: &Subject,
     model: &Model,
     options: &QuantizeOptions,
     calibration: &Calibration,
 ) -> Result<(f64, Vec<LayerResult>)> {
+    let outcome = quantize(settings, model, options, calibration)?;
+    let value = perplexity(&Model::open(&outcome.path)?, subject)?;
+    Ok((value, outcome.layers))
+}
+
+/// Quantises a model into the scratch directory; a later arm replaces it.
+pub fn quantize(
+    settings: &Settings,
+    model: &Model,
+    options: &QuantizeOptions,
+    calibration: &Calibration,
+) -> Result<compress::Outcome> {
     let options = QuantizeOptions {
         calibration: CalibrationOptions {
             samples: calibration.windows().max(1),
@@ -206,9 +221,7 @@ pub fn run(
     let target =
         Target { out: &out, resume: false, overwrite: true, provenance: serde_json::Value::Null };
     let progress = report::Progress::hidden();
-    let outcome = compress::run(model, &plan, &options, calibration, &target, &progress)?;
-    let value = perplexity(&Model::open(&outcome.path)?, subject)?;
-    Ok((value, outcome.layers))
+    Ok(compress::run(model, &plan, &options, calibration, &target, &progress)?)
 }
 
 /// Perplexity of a model on the subject's held-out text.

@@ -386,9 +386,10 @@ fn subsets(n: usize, count: usize) -> Vec<Vec<usize>> {
 }
 
 /// Ways to spend the same effective bits.
-const ARMS: [&str; 9] = [
+const ARMS: [&str; 10] = [
     "lim (4, 2)",
     "zd (4, 2)",
+    "3 bits everywhere",
     "loss",
     "relative",
     "absolute",
@@ -469,6 +470,18 @@ fn budgets(settings: &Settings, subject: &Subject, findings: &mut Findings) -> R
             }
         }
     }
+    // Between 4 and 2 lies 3, which needs no schedule at all.
+    if let Some(&middle) = counts.iter().find(|&&count| 2 * count == blocks) {
+        let names: Vec<_> = (0..blocks).flat_map(|b| bench.model.decoder.linears(b)).collect();
+        let grids = names.into_iter().map(|n| (n.module, bench.grid(3))).collect();
+        found.insert((Method::Rtn.slug(), middle, "3 bits everywhere"), vec![bench.rounded(grids)?]);
+        for &method in methods.iter().filter(|m| **m != Method::Rtn) {
+            let options = QuantizeOptions { method, grid: bench.grid(3), ..bench.options() };
+            let values: Vec<f64> =
+                seeds.iter().map(|&s| bench.job(settings, &options, s)).collect::<Result<_>>()?;
+            found.insert((method.slug(), middle, "3 bits everywhere"), values);
+        }
+    }
     let mut columns =
         vec![Column::right("average bits"), Column::right("effective"), Column::left("method")];
     columns.extend(ARMS.map(Column::right));
@@ -506,22 +519,24 @@ fn budgets(settings: &Settings, subject: &Subject, findings: &mut Findings) -> R
         let beats = |other: &Vec<Vec<f64>>| {
             budget.iter().zip(other).all(|(a, b)| a.iter().zip(b).all(|(a, b)| a < b))
         };
-        let orders = [of("lim (4, 2)"), of("zd (4, 2)")];
+        let orders: BTreeMap<&str, Vec<Vec<f64>>> =
+            ARMS[..2].iter().map(|&arm| (arm, of(arm))).filter(|(_, v)| !v.is_empty()).collect();
         let place = format!("{} ({}), {method}", subject.name, subject.weights);
         findings.claims.push(Claim {
             slug: "layerwise-quant".into(),
             claim: format!(
-                "{place}: at the same effective bits the budget by loss beats schedules by \
-                 importance, every point and seed"
+                "{place}: at the same effective bits the budget by loss beats {}, every point and \
+                 seed",
+                orders.keys().copied().collect::<Vec<_>>().join(" and ")
             ),
             measured: json!(budget),
-            baselines: json!({"lim": orders[0], "zd": orders[1]}),
+            baselines: json!(orders),
             seeds: seeds.to_vec(),
-            holds: Some(orders.iter().all(beats)),
+            holds: Some(orders.values().all(beats)),
         });
         let means = |arm: &'static str| of(arm).iter().map(|v| mean(v)).collect::<Vec<f64>>();
         let others: BTreeMap<&str, Vec<f64>> =
-            ARMS[3..].iter().map(|&arm| (arm, means(arm))).filter(|(_, v)| !v.is_empty()).collect();
+            ARMS.iter().filter(|a| !a.ends_with("2)") && **a != "loss").map(|&arm| (arm, means(arm))).filter(|(_, v)| !v.is_empty()).collect();
         findings.claims.push(Claim {
             slug: "layerwise-quant".into(),
             claim: format!("{place}: mean perplexity of budgets by what makes errors comparable"),

@@ -38,6 +38,15 @@ pub struct Subject {
 
 /// The subjects at hand, each natural and planted; what is missing is said in `notes`.
 pub fn subjects(settings: &Settings, notes: &mut Vec<String>) -> Result<Vec<Subject>> {
+    evaluated_on(settings, if settings.fast { 8192 } else { 16384 }, notes)
+}
+
+/// As [`subjects`], with `tokens` held-out tokens.
+pub fn evaluated_on(
+    settings: &Settings,
+    tokens: usize,
+    notes: &mut Vec<String>,
+) -> Result<Vec<Subject>> {
     let mut all = Vec::new();
     let almanac = settings.samples.join("almanac-3m");
     if !almanac.is_dir() {
@@ -48,7 +57,6 @@ pub fn subjects(settings: &Settings, notes: &mut Vec<String>) -> Result<Vec<Subj
     }
     let world = Almanac::embedded();
     let groups: &[usize] = if settings.fast { &[128] } else { &[32, 128] };
-    let tokens = if settings.fast { 8192 } else { 16384 };
     all.extend(both(
         settings,
         "almanac-3m",

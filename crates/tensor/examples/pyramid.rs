@@ -32,6 +32,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let norms: Vec<f32> =
         rows.chunks(WIDTH).map(|r| r.iter().map(|w| w * w).sum::<f32>().sqrt()).collect();
     let x = vec![1f32; WIDTH];
+    let mut decoded = vec![0f32; ROWS * WIDTH];
     println!("{threads} thread(s), million weights per second; product: one row of x");
     println!(
         "   D    K  bits/w   project    greedy  decode to f32   product   GB/s of packed bytes"
@@ -70,9 +71,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let encoded = codec.encode(&rows, &norms, Search::Project, false, true)?;
         let bits = (codec.index_bits() + codec.amplitude_bits() + 16) as f64 / WIDTH as f64;
         let weights = PyramidWeights::new(codec, encoded.index, encoded.amplitude, norms.clone())?;
-        let decode = rate(rows.len(), || {
-            black_box(weights.dequantize());
-        });
+        let decode = rate(rows.len(), || weights.dequantize_into(black_box(&mut decoded)));
         let mut y = vec![0f32; ROWS];
         let product = rate(rows.len(), || weights.linear(&x, 1, None, black_box(&mut y)));
         let bytes = product * bits / 8.0 / 1e3;

@@ -69,7 +69,8 @@ impl Hadamard {
         if row >= self.order || column >= self.order {
             return 0;
         }
-        let sign = if (row % two & column % two).count_ones() % 2 == 0 { 1 } else { -1 };
+        let both = (row % two) & (column % two);
+        let sign = if both.count_ones().is_multiple_of(2) { 1 } else { -1 };
         sign * self.paley.get(at).copied().unwrap_or(0)
     }
 

@@ -217,6 +217,7 @@ impl Run<'_> {
                 if let Some(outlier) = inputs.outlier {
                     details.insert("outlier".into(), outlier.into());
                 }
+                details.insert("row_outlier".into(), row_outlier(&original).into());
                 let chosen = candidates.swap_remove(usize::from(direction == Direction::Ic));
                 // What rounding compared is not what GPTQ writes.
                 let final_codes = by.is_some() || factor.is_none();
@@ -333,8 +334,19 @@ fn outlier(layer: &str, mean: &AbsoluteMean) -> Result<f64> {
             ),
         ));
     }
-    mean.sort_by(f32::total_cmp);
-    let largest = mean.last().copied().unwrap_or(0.0);
-    let median = mean.get(mean.len() / 2).copied().unwrap_or(0.0);
-    Ok(if median > 0.0 { f64::from(largest) / f64::from(median) } else { 0.0 })
+    Ok(largest_over_median(&mut mean))
+}
+
+/// Largest norm of a row over the median one: what groups along the output have to put up with.
+fn row_outlier(matrix: &Matrix) -> f64 {
+    let norm = |row: &[f32]| row.iter().map(|w| w * w).sum::<f32>().sqrt();
+    let mut norms: Vec<f32> = matrix.values.chunks(matrix.in_features).map(norm).collect();
+    largest_over_median(&mut norms)
+}
+
+fn largest_over_median(values: &mut [f32]) -> f64 {
+    values.sort_by(f32::total_cmp);
+    let largest = values.last().copied().unwrap_or(0.0);
+    let median = values.get(values.len() / 2).copied().unwrap_or(0.0);
+    if median > 0.0 { f64::from(largest) / f64::from(median) } else { 0.0 }
 }

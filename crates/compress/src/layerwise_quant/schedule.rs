@@ -639,6 +639,13 @@ enum Counted {
 impl Counted {
     fn cost(self, options: &QuantizeOptions, name: &Name, grid: &GridOptions) -> f64 {
         let shape = crate::plan::stored_shape(name, grid);
+        if options.method == Method::Pvq
+            && self != Self::Codes
+            && let Ok(code) = options.pvq.layer(name, grid.bits, options.grid.bits)
+        {
+            let weights = (name.out_features() * name.in_features()) as f64;
+            return code.stored_bits_per_weight() * weights;
+        }
         match (self, options.format.layout()) {
             (Self::Codes, _) => {
                 f64::from(grid.bits) * (shape.out_features * shape.in_features) as f64
@@ -702,16 +709,9 @@ fn with_grids(
 fn other_bytes(settings: &Settings<'_>, plan: &Plan, layers: &[Layer]) -> Result<Option<u64>> {
     let options = settings.options;
     let Some(layout) = options.format.layout() else { return Ok(None) };
-    if options.method == Method::Rsq {
-        // A rotation may untie the head and fold norms away.
-        return match options.layerwise.budget {
-            Some(Budget::Bytes(_)) => Err(Error::Options(
-                "rsq rewrites tensors outside the quantised layers, so bytes cannot be promised: \
-                 give the budget as bits per weight (3.25bpw)"
-                    .into(),
-            )),
-            _ => Ok(None),
-        };
+    if matches!(options.method, Method::Rsq | Method::Pvq) {
+        // A rotation may untie the head; a pyramid's tensors depend on the weights.
+        return Ok(None);
     }
     let Settings { model, .. } = settings;
     let scheduled: std::collections::BTreeSet<String> =

@@ -114,9 +114,17 @@ fn what_cannot_work_is_refused_with_what_would() {
         (
             job(|o| {
                 o.method = Method::Pvq;
+                o.pvq.rate = Some(3.0);
                 o.layerwise.budget = Some(Budget::BitsPerWeight(3.0));
             }),
-            "rates",
+            "--pvq-rate",
+        ),
+        (
+            job(|o| {
+                o.method = Method::Rsq;
+                o.layerwise.budget = Some(Budget::Bytes(1 << 20));
+            }),
+            "bpw",
         ),
         (
             own(|o| {

@@ -67,7 +67,8 @@ pub fn layer_code(
         ));
     }
     let too_low = |dimension: usize| {
-        let least = ((2 * dimension) as f64).log2() / dimension as f64;
+        // Rounded up to what is printed.
+        let least = (((2 * dimension) as f64).log2() / dimension as f64 * 1e3).ceil() / 1e3;
         Error::layer(
             layer,
             format!(

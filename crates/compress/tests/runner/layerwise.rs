@@ -200,6 +200,42 @@ fn read(path: &Path) -> Value {
 }
 
 #[test]
+fn the_other_methods_of_the_room_take_schedules_too() {
+    let scratch = Scratch::new();
+    let dir = scratch.path("model");
+    network(&dir, 4, 16);
+    let text = calibration(6, 24, 5);
+    for method in [Method::Adadim, Method::Rsq, Method::Pvq] {
+        let importance = two_widths(method, Format::Strata, 3.5);
+        let budget = job(method, Format::Strata, |o| {
+            o.layerwise.budget = Some(Budget::BitsPerWeight(4.5));
+        });
+        for (name, options) in [("importance", importance), ("budget", budget)] {
+            let case = format!("{method:?}-{name}");
+            let found = decide(&dir, &options);
+            let out = scratch.path(&case);
+            let outcome = quantize(&dir, &out, &found.options, &text);
+            let size = |l: &strata_compress::LayerResult| (l.shape[0] * l.shape[1]) as f64;
+            let all: f64 = outcome.layers.iter().map(size).sum();
+            let mean = outcome.layers.iter().map(|l| l.bits_per_weight * size(l)).sum::<f64>() / all;
+            let said = found.schedule.effective_bits_per_weight;
+            // The groups of columns that adadim may choose do not always divide a layer.
+            assert!((mean - said).abs() < 0.35, "{case}: {mean} {said}");
+            if name == "importance" {
+                let of = |block: usize| -> f64 {
+                    let here = outcome.layers.iter().filter(|l| l.block == block);
+                    here.map(|l| l.bits_per_weight).sum::<f64>()
+                };
+                assert!(of(3) + 7.0 < of(0), "{case}: the last block is the low one");
+            } else {
+                assert!(said <= 4.5, "{case}");
+            }
+            logits(&out);
+        }
+    }
+}
+
+#[test]
 fn targets_count_what_they_say() {
     let scratch = Scratch::new();
     let dir = scratch.path("model");

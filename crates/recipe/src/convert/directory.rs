@@ -179,8 +179,7 @@ fn dense_type(number: Option<NumberType>, stored: Dtype) -> Dtype {
 fn dequantised_type(number: Option<NumberType>, stored: &Stored) -> Dtype {
     let scales: &[f32] = match stored {
         Stored::Grid(m) | Stored::Columns(m) => &m.scales,
-        #[allow(unreachable_patterns)]
-        _ => &[],
+        Stored::Pyramid(m) => &m.norms,
     };
     let half = scales.iter().all(|s| half::f16::from_f32(*s).to_f32() == *s);
     dense_type(number, if half { Dtype::F16 } else { Dtype::BF16 })

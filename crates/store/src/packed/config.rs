@@ -116,7 +116,7 @@ fn compressed_json(config: &QuantConfig, quantised: &[String], ignore: &[String]
     if let [(_, members)] = &mut groups[..] {
         *members = vec!["Linear".into()];
     } else {
-        for (_, members) in &mut groups {
+        for (_, members) in groups.iter_mut().filter(|(_, members)| members.len() > 1) {
             let patterns = regex::compact(members, quantised);
             *members = patterns.into_iter().map(|pattern| format!("re:{pattern}")).collect();
         }

@@ -326,6 +326,10 @@ impl Amplitudes {
         if self.levels.is_empty() {
             return f16::from_f32(amplitude.max(0.0)).to_bits();
         }
+        if self.thresholds.len() < 64 {
+            // Counting all of them has no branch to mispredict.
+            return self.thresholds.iter().map(|t| u16::from(*t <= amplitude)).sum();
+        }
         self.thresholds.partition_point(|t| *t <= amplitude) as u16
     }
 

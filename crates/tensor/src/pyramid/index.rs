@@ -78,7 +78,8 @@ impl Lattice {
             let v = v.get();
             // `left` is m, the pulses behind this coordinate.
             if l < self.narrow {
-                let positive = if v > 0 { self.counts[l * counts + left] } else { 0 };
+                // Signs are a coin's: no branch.
+                let positive = self.counts[l * counts + left] & u64::from(v > 0).wrapping_neg();
                 low = low.wrapping_add(self.sums[l * sums + PAD + left - 1]).wrapping_add(positive);
             } else {
                 let l = l - self.narrow;
@@ -151,10 +152,11 @@ impl Lattice {
         let points = self.counts[l * (self.pulses + 1) + m];
         let x = rest.wrapping_sub(row[PAD + m - 1]);
         let magnitude = (*left - m) as i32;
-        let positive = x > points;
-        *rest = if positive { x - points } else { x };
+        let positive = u64::from(x > points);
+        *rest = x.wrapping_sub(points & positive.wrapping_neg());
         *left = m;
-        if positive { magnitude } else { -magnitude }
+        let negative = positive as i32 - 1;
+        (magnitude ^ negative) - negative
     }
 
     /// Decodes `points` neighbouring indices of a bit stream into `y` `[points, D]`. Indices are not
@@ -280,11 +282,12 @@ impl Lattice {
                     (*row.get_unchecked(PAD + m - 1), *points.get_unchecked(m))
                 };
                 let x = r.wrapping_sub(sum);
-                let positive = x > n;
-                rest[g] = if positive { x - n } else { x };
+                // A sign is a coin's: no branch.
+                let positive = u64::from(x > n);
+                rest[g] = x.wrapping_sub(n & positive.wrapping_neg());
                 left[g] = m;
-                let magnitude = (k - m) as i32;
-                let value = if positive { magnitude } else { -magnitude };
+                let negative = positive as i32 - 1;
+                let value = ((k - m) as i32 ^ negative) - negative;
                 // SAFETY: y holds BATCH * d places.
                 unsafe { *y.get_unchecked_mut(g * d + place) = P::of(value) };
             }

@@ -97,14 +97,23 @@ impl PyramidWeights {
 
     /// The weights `[out, in]` in f32.
     pub fn dequantize(&self) -> Vec<f32> {
+        let mut w = vec![0f32; self.out * self.codec.code().inputs];
+        self.dequantize_into(&mut w);
+        w
+    }
+
+    /// As [`PyramidWeights::dequantize`], into memory that is there already.
+    ///
+    /// # Panics
+    /// When `w` does not hold `[out, in]`.
+    pub fn dequantize_into(&self, w: &mut [f32]) {
         let width = self.codec.code().inputs;
-        let mut w = vec![0f32; self.out * width];
+        assert_eq!(w.len(), self.out * width, "w must hold [{}, {width}]", self.out);
         let isa = Isa::detect();
         w.par_chunks_mut(width).enumerate().with_min_len((1 << 14) / width + 1).for_each_init(
             || Buffers::new(&self.codec),
             |buffers, (row, to)| self.expand_row(isa, row, buffers, to),
         );
-        w
     }
 
     /// y = x Ŵᵀ + b for `x` `[rows, in]`, `bias` `[out]`, `y` `[rows, out]`; row-major.
