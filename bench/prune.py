@@ -3,9 +3,12 @@
 
     python3 bench/prune.py [--size 150m] [--work DIR] [--methods sparsegpt,wanda] [--pattern 2:4]
 
-The size 150m has 85M prunable weights of 110M parameters. Needs `cargo build --release`, torch and transformers. Prints seconds and peak resident memory of
-both sides, and how far the masks agree: they are the same rule on the same statistics, so what
-differs is rounding in the forward pass.
+The size 150m has 85M prunable weights of 110M parameters. Needs `cargo build --release`, torch and
+transformers. Prints seconds and peak resident memory of both sides, and how far the masks agree.
+Strata runs twice: in its own order (every set of layers is
+calibrated on what the sets before it have become, one pass through a block) and in the peer's (all
+layers on the untouched block, two passes). In the peer's order it is the same rule on the same
+statistics, so what differs is rounding in the forward pass.
 """
 
 import argparse
@@ -39,6 +42,18 @@ def agreement(ours, theirs):
     return same / total, zeros
 
 
+QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+
+
+def command(args, model, method, order, out):
+    return [
+        args.binary, "prune", model, "--method", method, "--sparsity", "0.5",
+        "--pattern", args.pattern, "--calibration-order", order,
+        "--calibration", model / "calibration.json", "--samples", "32", "--sequence-length", "512",
+        "--no-evaluate", "--overwrite", "--out", out,
+    ]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", default="150m")
@@ -47,32 +62,32 @@ def main():
     parser.add_argument("--pattern", default="unstructured")
     parser.add_argument("--binary", type=pathlib.Path, default=ROOT / "target/release/strata")
     parser.add_argument("--skip-peer", action="store_true")
+    parser.add_argument("--order", default="sets,block", help="calibration orders of Strata")
     args = parser.parse_args()
     model = args.work / args.size
     if not (model / "config.json").exists():
         run([sys.executable, PEERS / "make_llama.py", args.size, model])
     for method in args.methods.split(","):
         ours, theirs = (args.work / f"{args.size}-{method}-{side}" for side in ("strata", "torch"))
-        command = [
-            args.binary, "prune", model, "--method", method, "--sparsity", "0.5",
-            "--pattern", args.pattern, "--calibration", model / "calibration.json",
-            "--samples", "32", "--sequence-length", "512", "--no-evaluate", "--overwrite",
-            "--out", ours,
-        ]
-        rows = [("strata", *run(command, stdout=subprocess.DEVNULL))]
+        rows = []
+        # The last order is the peer's own, so that the masks can be compared.
+        for order in args.order.split(","):
+            rows.append((f"strata ({order})", *run(command(args, model, method, order, ours), **QUIET)))
         if not args.skip_peer:
             peer = [
                 sys.executable, PEERS / f"{method}_torch.py", model, theirs,
                 "--pattern", args.pattern,
             ]
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            rows.append(("pytorch", *run(peer, **quiet)))
+            rows.append(("pytorch", *run(peer, **QUIET)))
         print(f"{method}, {args.pattern}")
         for name, seconds, peak in rows:
-            print(f"  {name:10} {seconds:8.1f} s   peak {peak:8.0f} MB")
-        if len(rows) == 2:
+            print(f"  {name:16} {seconds:8.1f} s   peak {peak:8.0f} MB")
+        if not args.skip_peer:
+            *sides, (_, theirs_seconds, theirs_peak) = rows
+            for name, seconds, peak in sides:
+                ratio, memory = seconds / theirs_seconds, peak / theirs_peak
+                print(f"  {name} / pytorch: time {ratio:.2f}, memory {memory:.2f}")
             same, zeros = agreement(ours, theirs)
-            print(f"  ratio      {rows[0][1] / rows[1][1]:8.2f}     memory {rows[0][2] / rows[1][2]:6.2f}")
             print(f"  masks agree on {100 * same:.2f} % of the weights; zeros {zeros[0]:.4f}, {zeros[1]:.4f}")
 
 

@@ -148,7 +148,7 @@ def test_mask_files_say_what_is_kept(prune):
 def test_a_pruned_model_loads_in_transformers(prune, strata_logits):
     from transformers import AutoModelForCausalLM
 
-    out = prune("sparsegpt", "--true-sequential")
+    out = prune("sparsegpt", "--calibration-order", "block")
     network = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     ids = torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

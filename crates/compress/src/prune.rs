@@ -241,10 +241,9 @@ pub struct PruneOptions {
     /// differ by one weight
     #[arg(long)]
     pub exact: bool,
-    /// Calibrate every set of layers on inputs from the sets already pruned, not on those of the
-    /// untouched block: one pass instead of two
-    #[arg(long)]
-    pub true_sequential: bool,
+    /// Whose outputs calibrate the layers of a block
+    #[arg(long, value_enum, default_value_t = sets::Order::Sets)]
+    pub calibration_order: sets::Order,
     /// File format of the pruned weights
     #[arg(long, value_enum, default_value_t = PruneFormat::Dense)]
     pub format: PruneFormat,
@@ -293,7 +292,7 @@ impl Default for PruneOptions {
             pattern: Structure::Unstructured,
             scope: None,
             exact: false,
-            true_sequential: false,
+            calibration_order: sets::Order::Sets,
             format: PruneFormat::Dense,
             calibration: CalibrationOptions::default(),
             calibrate_on: CalibrateOn::General,
@@ -331,11 +330,6 @@ impl PruneOptions {
             }
             _ => false,
         }
-    }
-
-    /// In which order the sets of a block are calibrated and pruned.
-    pub fn order(&self) -> sets::Order {
-        if self.true_sequential { sets::Order::Sets } else { sets::Order::Block }
     }
 
     /// The scope, by the method's rule where none is given.

@@ -268,7 +268,7 @@ impl PruneJob {
             let pass = Pass {
                 sparsegpt: &options.sparsegpt,
                 sparsity: options.d_pruner.general_sparsity,
-                order: options.order(),
+                order: options.calibration_order,
                 memory: options.memory.0,
             };
             let source = Source::of(model)?;

@@ -255,7 +255,7 @@ impl Job for Pruner<'_> {
 
     fn block(&mut self, job: &mut BlockJob<'_>) -> Result<()> {
         self.masks.clear();
-        let order = self.options.order();
+        let order = self.options.calibration_order;
         match self.options.method {
             PruneMethod::Wanda => {
                 let needs = Needs { squares: true, sample: true, gram: false };

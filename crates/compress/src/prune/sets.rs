@@ -15,13 +15,25 @@ use nn::{Point, Stage, Taps};
 use std::collections::BTreeMap;
 
 /// In which order the sets of a block are calibrated and pruned.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Default,
+    serde::Serialize,
+    serde::Deserialize,
+    schemars::JsonSchema,
+    clap::ValueEnum,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Order {
-    /// All on inputs of the untouched block.
-    Block,
-    /// Each on inputs of the sets already pruned.
+    /// Set after set, each on what the sets before it have become (one pass through the block).
+    #[default]
     Sets,
+    /// All on the untouched block, as the reference codes do (two passes).
+    Block,
 }
 
 /// What calibration must collect at the input of a set.

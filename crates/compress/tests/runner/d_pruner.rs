@@ -58,7 +58,7 @@ impl Room {
         let pass = Pass {
             sparsegpt: &options.sparsegpt,
             sparsity: 0.52,
-            order: options.order(),
+            order: options.calibration_order,
             memory: 1 << 30,
         };
         let hidden = report::Progress::hidden();

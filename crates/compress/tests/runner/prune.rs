@@ -10,6 +10,7 @@ use strata_compress::gptq::{Factor, GptqOptions};
 use strata_compress::grid::Matrix;
 use strata_compress::mask::{self, Count, Mask, Scope, Structure};
 use strata_compress::options::MemoryLimit;
+use strata_compress::prune::sets::Order;
 use strata_compress::prune::{PruneFormat, ShareOf};
 use strata_compress::runner::Source;
 use strata_compress::statistics::Gram;
@@ -143,7 +144,8 @@ fn by_hand(
             for (batch, stream) in streams.iter().enumerate() {
                 let mut record = Record::new([site]);
                 let mut context = Context::new(calibration.batch(batch).1);
-                let source = if options.true_sequential { &weights } else { &untouched };
+                let sets = options.calibration_order == Order::Sets;
+                let source = if sets { &weights } else { &untouched };
                 let mut taps = Taps::one(&mut record);
                 decoder.block(block, source, stream.clone(), &mut context, &mut taps).unwrap();
                 host::read(&record.seen[&site], |x| gram.add(x));
@@ -199,9 +201,9 @@ fn both_orders_of_calibration_see_the_inputs_they_say() {
         let before = Model::open(&input).unwrap();
         for method in CALIBRATED {
             let mut results = Vec::new();
-            for true_sequential in [false, true] {
-                let options = PruneOptions { true_sequential, ..options(method) };
-                let out = scratch.path(&format!("{}-{true_sequential}", method.slug()));
+            for calibration_order in [Order::Block, Order::Sets] {
+                let options = PruneOptions { calibration_order, ..options(method) };
+                let out = scratch.path(&format!("{}-{calibration_order:?}", method.slug()));
                 try_prune(&input, &out, &options, &calibration).unwrap();
                 let after = Model::open(&out).unwrap();
                 let wanted = by_hand(&before, &calibration, &options);
