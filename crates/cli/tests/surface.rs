@@ -5,9 +5,10 @@ mod common;
 use common::{arg, ok, ok_json, run, strata, tiny_model};
 use std::process::Stdio;
 
-const VERBS: [&str; 10] = [
+const VERBS: [&str; 11] = [
     "inspect",
     "quantize",
+    "convert",
     "eval",
     "generate",
     "train",

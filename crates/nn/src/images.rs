@@ -82,7 +82,10 @@ fn labels(config: &Value) -> Result<Vec<String>> {
         match (place, label.as_str()) {
             (Some(place), Some(label)) => *place = label.to_string(),
             _ => {
-                return Err(Error::config("id2label", format!("`{id}` is not a class with a name")));
+                return Err(Error::config(
+                    "id2label",
+                    format!("`{id}` is not a class with a name"),
+                ));
             }
         }
     }

@@ -44,6 +44,7 @@ fn shipped_recipes_write_below_out_and_never_to_the_same_place() {
             let out = match stage {
                 Stage::Quantize(stage) => &stage.out,
                 Stage::Train(stage) => &stage.out,
+                Stage::Convert(stage) => &stage.out,
                 Stage::Evaluate(_) => continue,
             };
             assert!(out.starts_with("out"), "{}: {}", path.display(), out.display());
