@@ -68,7 +68,9 @@ def test_strata_computes_with_them(sparse, strata_logits, tmp_path):
     _, weights, out = sparse
     dense = out.parent / "dense"
     ids = torch.randint(3, 512, (2, 24), generator=torch.Generator().manual_seed(1)).tolist()
-    assert torch.equal(strata_logits(out, ids), strata_logits(dense, ids))
+    # The weights are equal; dense f16 and unpacked f32 weights are summed in different orders.
+    difference = (strata_logits(out, ids) - strata_logits(dense, ids)).abs().max()
+    assert difference < 1e-5
 
 
 OLD = """
