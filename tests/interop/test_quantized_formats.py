@@ -87,6 +87,58 @@ def test_compressed_tensors_other_widths(quantize, strata_logits, bits):
         assert torch.equal(value.half(), plain[module + ".weight"]), module
 
 
+@pytest.mark.parametrize("group", [0, 32], ids=["channel", "group"])
+@pytest.mark.parametrize("extra", [(), ("--symmetric",)], ids=["asymmetric", "symmetric"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_compressed_tensors_of_every_grid_load(quantize, strata_logits, bits, extra, group):
+    from transformers import AutoModelForCausalLM
+
+    packed = quantize("rtn", "compressed-tensors", bits, group, *extra)
+    model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
+    ids = torch.randint(3, 512, (1, 24), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        theirs = model(ids).logits
+    assert (theirs - strata_logits(packed, ids.tolist())).abs().max() < 1e-3
+
+
+def test_compressed_tensors_with_several_grids_load(strata, strata_logits, tiny_llama, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    recipe, out = tmp_path / "mixed.yaml", tmp_path / "mixed"
+    recipe.write_text(
+        f"""
+model: {tiny_llama}
+stages:
+  - quantize:
+      method: rtn
+      bits: 4
+      group_size: 32
+      exclude: ["*.layers.1.self_attn.o_proj"]
+      overrides:
+        - {{ pattern: "*.down_proj", bits: 8, group_size: 64, symmetric: true }}
+        - {{ pattern: "*.layers.0.self_attn.*", bits: 3, group_size: 0 }}
+      measure: {{ skip: true }}
+      out: {out}
+"""
+    )
+    strata("run", recipe)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    ids = torch.randint(3, 512, (1, 24), generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():
+        theirs = model(ids).logits
+    assert (theirs - strata_logits(out, ids.tolist())).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("to", ["compressed-tensors", "awq", "gptq-v2", "strata"])
+def test_converted_codes_compute_the_same(quantize, strata, strata_logits, tmp_path, to):
+    packed = quantize("gptq", "gptq-v2")
+    strata("convert", packed, "--to", to, "--out", tmp_path / "out")
+    ids = torch.randint(3, 512, (1, 40), generator=torch.Generator().manual_seed(7)).tolist()
+    # Only the type of what is not packed may differ.
+    difference = (strata_logits(tmp_path / "out", ids) - strata_logits(packed, ids)).abs().max()
+    assert difference < 1e-5
+
+
 def unpack_columns(words, order):
     """Nibbles of int32 words along the last axis; `order[i]` is the column of nibble i."""
     words = words.astype(np.int64) & 0xFFFFFFFF

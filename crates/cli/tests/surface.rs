@@ -5,10 +5,11 @@ mod common;
 use common::{arg, ok, ok_json, run, strata, tiny_model};
 use std::process::Stdio;
 
-const VERBS: [&str; 11] = [
+const VERBS: [&str; 12] = [
     "inspect",
     "quantize",
     "prune",
+    "convert",
     "eval",
     "generate",
     "train",

@@ -7,6 +7,7 @@
 //! `config.json` from the metadata. What a tokenizer does with the vocabulary is left to `data`.
 //! [`write()`] writes a file, [`Export`] gives the names for it, [`quantize`] the blocks.
 
+mod codes;
 mod config;
 mod dequant;
 mod layout;
@@ -23,6 +24,7 @@ use std::sync::Arc;
 
 use memmap2::{Mmap, MmapMut};
 
+pub use self::codes::{decode_grid, encode_grid, grid_type};
 pub use self::dequant::{dequantize, readable};
 pub use self::metadata::{Array, Metadata, Tokenizer, Value};
 pub use self::names::{Change, Export};

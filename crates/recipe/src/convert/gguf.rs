@@ -3,8 +3,8 @@
 use data::Tokenizer;
 use nn::{Leaf, Name, Role};
 use store::GgmlType;
-use store::gguf::quantize::{encode_grid, grid_type, quantize};
-use store::gguf::{Change, Export, TensorPlan, Value, write};
+use store::gguf::quantize::quantize;
+use store::gguf::{Change, Export, TensorPlan, Value, encode_grid, grid_type, write};
 use store::packed::{QuantizedMatrix, Stored};
 use tensor::host;
 

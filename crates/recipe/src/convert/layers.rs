@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use nn::{Model, Name};
-use store::gguf::quantize::decode_grid;
+use store::gguf::decode_grid;
 use store::packed::{QuantConfig, Stored, load, parse_config};
 use store::{Checkpoint, Dtype, GgmlType};
 use tensor::host;
