@@ -75,7 +75,7 @@ impl Place {
 /// The codes of all packed layers.
 fn codes(path: &Path) -> BTreeMap<String, Stored> {
     let checkpoint = Checkpoint::open(path).unwrap();
-    let config = parse_config(checkpoint.config().unwrap()).unwrap();
+    let config = parse_config(checkpoint.config().unwrap()).unwrap().unwrap();
     modules(config.layout, &checkpoint)
         .into_iter()
         .map(|module| {
