@@ -207,7 +207,8 @@ fn a_report_says_what_happened() {
     // Rows of 32 and 64 weights fill no block of 256.
     assert_eq!(json["changes"]["F32 -> Q5_0, rounded"], 14, "{json}");
     assert_eq!(json["changes"]["F32 -> Q8_0, rounded"], 1, "{json}");
-    assert!(json["notes"][0].as_str().unwrap().contains("no whole number of Q4_K blocks"));
+    let notes = json["notes"].to_string();
+    assert!(notes.contains("no whole number of Q4_K blocks"), "{notes}");
     let size = std::fs::metadata(&out).unwrap().len();
     assert_eq!(json["bytes"][1], size);
     let path = place.path("text.txt");
