@@ -82,7 +82,10 @@ fn labels(config: &Value) -> Result<Vec<String>> {
         match (place, label.as_str()) {
             (Some(place), Some(label)) => *place = label.to_string(),
             _ => {
-                return Err(Error::config("id2label", format!("`{id}` is not a class with a name")));
+                return Err(Error::config(
+                    "id2label",
+                    format!("`{id}` is not a class with a name"),
+                ));
             }
         }
     }
@@ -103,6 +106,17 @@ pub(crate) fn image_size(config: &Value, key: &str) -> Result<Option<[usize; 2]>
     };
     let reason = || format!("{value} is not a size in 1..={MAX}, or two of them");
     both.map(Some).ok_or_else(|| Error::config(key, reason()))
+}
+
+/// Colour channels under `key`; more than 4096 are not believed.
+pub(crate) fn channels(config: &Value, key: &str) -> Result<Option<usize>> {
+    const MAX: usize = 4096;
+    match Keys(config).optional_size(key)? {
+        Some(n) if n > MAX => {
+            Err(Error::config(key, format!("{n} channels; at most {MAX} are believed")))
+        }
+        found => Ok(found),
+    }
 }
 
 /// Number of classes that a config states (`num_classes`, `num_labels` or its labels).
