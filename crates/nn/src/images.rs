@@ -108,6 +108,17 @@ pub(crate) fn image_size(config: &Value, key: &str) -> Result<Option<[usize; 2]>
     both.map(Some).ok_or_else(|| Error::config(key, reason()))
 }
 
+/// Colour channels under `key`; more than 4096 are not believed.
+pub(crate) fn channels(config: &Value, key: &str) -> Result<Option<usize>> {
+    const MAX: usize = 4096;
+    match Keys(config).optional_size(key)? {
+        Some(n) if n > MAX => {
+            Err(Error::config(key, format!("{n} channels; at most {MAX} are believed")))
+        }
+        found => Ok(found),
+    }
+}
+
 /// Number of classes that a config states (`num_classes`, `num_labels` or its labels).
 pub(crate) fn stated_classes(config: &Value) -> Result<Option<usize>> {
     let keys = Keys(config);

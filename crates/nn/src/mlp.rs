@@ -8,7 +8,7 @@ use store::Checkpoint;
 use tensor::ops::{self, Activation};
 use tensor::{Tensor, host};
 
-use crate::images::{check_state, expect, image_size};
+use crate::images::{channels, check_state, expect, image_size};
 use crate::keys::Keys;
 use crate::network::{ImageSpec, Input, Network, State, no_segment};
 use crate::{Error, Name, Result, Role, Spelling, Weights};
@@ -104,7 +104,7 @@ impl Mlp {
         modules.sort_by(|a, b| natural(&a.0).cmp(&natural(&b.0)));
         let mut network = Self::of(modules, keys.activation("activation", "relu")?)?;
         let input = network.images.values();
-        let channels = keys.optional_size("channels")?.unwrap_or(1);
+        let channels = channels(config, "channels")?.unwrap_or(1);
         let size = image_size(config, "image_size")?;
         if channels != 1 || size.is_some() {
             let [height, width] = size.unwrap_or([1, input / channels]);

@@ -10,7 +10,7 @@ use store::Checkpoint;
 use tensor::Tensor;
 use tensor::ops::{self, Activation, AttentionSpec, Conv2d};
 
-use crate::images::{check_state, expect, image_size, rows_of_pixels, stated_classes};
+use crate::images::{channels, check_state, expect, image_size, rows_of_pixels, stated_classes};
 use crate::keys::Keys;
 use crate::network::{ImageSpec, Input, Network, State, no_segment};
 use crate::{Error, Leaf, Name, Result, Role, Spelling, Weights};
@@ -122,7 +122,7 @@ impl Vit {
             classes: stated_classes(config)?.unwrap_or(2),
             qkv_bias: keys.flag("qkv_bias", true)?,
         };
-        let channels = keys.optional_size("num_channels")?.unwrap_or(3);
+        let channels = channels(config, "num_channels")?.unwrap_or(3);
         let mut images = ImageSpec::new(channels, 1, 1);
         [images.height, images.width] = image_size(config, "image_size")?.unwrap_or([224; 2]);
         // What the usual preprocessor does where none says otherwise.
@@ -151,7 +151,7 @@ impl Vit {
                 .ok_or_else(|| Error::config("num_classes", "is missing"))?,
             qkv_bias: true,
         };
-        let mut images = ImageSpec::new(keys.optional_size("channels")?.unwrap_or(1), 1, 1);
+        let mut images = ImageSpec::new(channels(config, "channels")?.unwrap_or(1), 1, 1);
         let missing = |key: &'static str| move || Error::config(key, "is missing");
         [images.height, images.width] =
             image_size(config, "image_size")?.ok_or_else(missing("image_size"))?;
@@ -503,6 +503,7 @@ mod tests {
         assert!(refused("patch_size", json!(0)).contains("patch_size"));
         assert!(refused("image_size", json!([12])).contains("image_size"));
         assert!(refused("num_attention_heads", json!(5)).contains("5 heads do not divide"));
+        assert!(refused("num_channels", json!(1 << 20)).contains("at most 4096"));
         assert!(refused("hidden_act", json!("mish")).contains("mish"));
     }
 }

@@ -10,7 +10,7 @@ const ROWS: usize = 512;
 pub(crate) fn moments(x: &[f32], width: usize) -> (Vec<f32>, Vec<f32>) {
     let rows = (x.len() / width.max(1)).max(1) as f64;
     let over = |total: Vec<f64>| -> Vec<f32> { total.iter().map(|t| (t / rows) as f32).collect() };
-    let mean = over(pieces(x, width, |x, total| column_sums(x, total)));
+    let mean = over(pieces(x, width, column_sums));
     let centre = &mean;
     let variance = over(pieces(x, width, |x, total| square_sums(x, centre, total)));
     (mean, variance)

@@ -108,6 +108,7 @@ pub fn conv2d(x: Tensor<2>, w: Tensor<2>, bias: Option<Tensor<1>>, spec: &Conv2d
 
 /// The statistics that a batch normalisation divides by.
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant)] // One value per call: a box would only cost.
 pub enum Moments {
     /// Given mean and variance of every channel (running statistics): constants.
     Given {
