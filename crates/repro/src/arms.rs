@@ -189,7 +189,8 @@ pub fn windows(subject: &Subject, count: usize, seed: u64) -> Result<Calibration
     Ok(Calibration::new(windows.tokens, windows.length)?)
 }
 
-fn run(
+/// Runs one arm; returns its perplexity and what every layer cost.
+pub fn run(
     settings: &Settings,
     subject: &Subject,
     model: &Model,

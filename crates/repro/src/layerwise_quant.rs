@@ -474,7 +474,8 @@ fn budgets(settings: &Settings, subject: &Subject, findings: &mut Findings) -> R
     if let Some(&middle) = counts.iter().find(|&&count| 2 * count == blocks) {
         let names: Vec<_> = (0..blocks).flat_map(|b| bench.model.decoder.linears(b)).collect();
         let grids = names.into_iter().map(|n| (n.module, bench.grid(3))).collect();
-        found.insert((Method::Rtn.slug(), middle, "3 bits everywhere"), vec![bench.rounded(grids)?]);
+        found
+            .insert((Method::Rtn.slug(), middle, "3 bits everywhere"), vec![bench.rounded(grids)?]);
         for &method in methods.iter().filter(|m| **m != Method::Rtn) {
             let options = QuantizeOptions { method, grid: bench.grid(3), ..bench.options() };
             let values: Vec<f64> =
@@ -535,8 +536,12 @@ fn budgets(settings: &Settings, subject: &Subject, findings: &mut Findings) -> R
             holds: Some(orders.values().all(beats)),
         });
         let means = |arm: &'static str| of(arm).iter().map(|v| mean(v)).collect::<Vec<f64>>();
-        let others: BTreeMap<&str, Vec<f64>> =
-            ARMS.iter().filter(|a| !a.ends_with("2)") && **a != "loss").map(|&arm| (arm, means(arm))).filter(|(_, v)| !v.is_empty()).collect();
+        let others: BTreeMap<&str, Vec<f64>> = ARMS
+            .iter()
+            .filter(|a| !a.ends_with("2)") && **a != "loss")
+            .map(|&arm| (arm, means(arm)))
+            .filter(|(_, v)| !v.is_empty())
+            .collect();
         findings.claims.push(Claim {
             slug: "layerwise-quant".into(),
             claim: format!("{place}: mean perplexity of budgets by what makes errors comparable"),

@@ -217,7 +217,8 @@ fn the_other_methods_of_the_room_take_schedules_too() {
             let outcome = quantize(&dir, &out, &found.options, &text);
             let size = |l: &strata_compress::LayerResult| (l.shape[0] * l.shape[1]) as f64;
             let all: f64 = outcome.layers.iter().map(size).sum();
-            let mean = outcome.layers.iter().map(|l| l.bits_per_weight * size(l)).sum::<f64>() / all;
+            let mean =
+                outcome.layers.iter().map(|l| l.bits_per_weight * size(l)).sum::<f64>() / all;
             let said = found.schedule.effective_bits_per_weight;
             // The groups of columns that adadim may choose do not always divide a layer.
             assert!((mean - said).abs() < 0.35, "{case}: {mean} {said}");
