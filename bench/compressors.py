@@ -79,18 +79,23 @@ def jobs(methods):
             arguments = ["quantize", "--method", "pvq", "--pvq-rate", str(bits), *CALIBRATION]
             yield "pvq", str(bits), [*arguments, "--format", "strata"]
     if "layerwise-quant" in methods:
-        for size in ("4.6", "3.6"):
+        for size in ("3.6", "3.1"):
             low = ["--low-bits", "2", "--budget", f"{size}bpw"]
             base = ["quantize", "--method", "gptq", "--bits", "4", *grid, *CALIBRATION]
             yield "gptq, two widths by lim", f"{size} bpw", [*base, *low]
             yield "gptq, budget", f"{size} bpw", [*base, "--budget", f"{size}bpw"]
     for sparsity in ("0.3", "0.5"):
         share = f"{float(sparsity):.0%} zeros"
+        own = {
+            "magnitude": [],
+            "d-pruner": [*CALIBRATION, "--dialect", "law"],
+            # A hundred points of every layer's curve: few windows are enough, and take long enough.
+            "layer-adaptive-pruning": ["--samples", "8", "--sequence-length", "128"],
+        }
         for method in ("magnitude", "wanda", "sparsegpt", "d-pruner", "layer-adaptive-pruning"):
-            known = method in methods or method in ("magnitude", "wanda", "sparsegpt")
-            if known:
-                arguments = ["prune", "--method", method, "--sparsity", sparsity, *CALIBRATION]
-                yield method, share, arguments
+            if method in methods or method in ("magnitude", "wanda", "sparsegpt"):
+                text = own.get(method, CALIBRATION)
+                yield method, share, ["prune", "--method", method, "--sparsity", sparsity, *text]
 
 
 def measure(model, work):
@@ -148,7 +153,7 @@ def main():
         for method, asked, (verb, *options) in jobs(methods):
             if only and not only & {method, method.split(",")[0]}:
                 continue
-            if args.quick and (asked not in ("4", "4.6 bpw") or verb == "prune"):
+            if args.quick and (asked not in ("4", "3.6 bpw") or verb == "prune"):
                 continue
             out = work / "out"
             shutil.rmtree(out, ignore_errors=True)
