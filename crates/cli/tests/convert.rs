@@ -1,5 +1,7 @@
 //! `strata convert` as a user meets it: what goes through every container unchanged, what is refused
 //! and how that is said.
+// Helpers of tests are tests too.
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 mod common;
 

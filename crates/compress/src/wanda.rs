@@ -186,8 +186,14 @@ mod tests {
         // X: [1,0,1], [0,1,1], [1,1,0], [2,0,1], four sequences of one token.
         let norms = norms(&[6.0, 2.0, 3.0], 4);
         let scores = scores(&[1.0, -2.0, 0.5, 0.3, 0.4, -1.0], &norms);
-        let wanted =
-            [1.224_744_9, 1.414_213_6, 0.433_012_7, 0.367_423_5, 0.282_842_7, 0.866_025_4f32];
+        let wanted = [
+            1.224_744_9,
+            std::f32::consts::SQRT_2,
+            0.433_012_7,
+            0.367_423_5,
+            0.282_842_7,
+            0.866_025_4f32,
+        ];
         for (found, wanted) in scores.iter().zip(wanted) {
             assert!((found - wanted).abs() < 1e-6, "{scores:?}");
         }

@@ -101,7 +101,7 @@ impl Mlp {
             let bias = checkpoint.contains(&format!("{module}.bias"));
             modules.push((module.to_string(), [out, input], bias));
         }
-        modules.sort_by(|a, b| natural(&a.0).cmp(&natural(&b.0)));
+        modules.sort_by_key(|module| natural(&module.0));
         let mut network = Self::of(modules, keys.activation("activation", "relu")?)?;
         let input = network.images.values();
         let channels = channels(config, "channels")?.unwrap_or(1);

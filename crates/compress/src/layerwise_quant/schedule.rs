@@ -204,8 +204,8 @@ fn importance(settings: &Settings<'_>, layers: &[Layer], notes: &mut Vec<String>
     let low = grid_at(options, &widths, widths.bits.len() - 1);
     let kind = scale_type(&settings.model.checkpoint, container(options));
     let round = |changed: &mut Overlay<'_>, block: usize| -> Result<()> {
-        let here = layers.iter().filter(|l| l.block == block);
-        here.map(|layer| overlay(changed, &layer.name, &low, kind)).collect()
+        let mut here = layers.iter().filter(|l| l.block == block);
+        here.try_for_each(|layer| overlay(changed, &layer.name, &low, kind))
     };
     let Settings { model, calibration, scratch, .. } = *settings;
     let found = scores(model, own, calibration, options.memory.0, scratch, &round)?;

@@ -103,7 +103,7 @@ fn bits_are_counted_exactly() {
 fn index_entropy_is_below_its_bound_and_near_it() {
     let matrix = random(3000, 64, 4);
     for (group, pulses) in [(4, 4), (8, 6), (16, 12)] {
-        let options = PvqOptions { group: group, ..options() };
+        let options = PvqOptions { group, ..options() };
         let quantized = coded(&matrix, None, &options, pulses);
         let bound = quantized.entropy_bound / 64.0;
         let entropy = quantized.index_entropy;
@@ -143,7 +143,7 @@ fn without_correlations_the_sweep_changes_nothing() {
         (Length::Norm, Refine::None),
         (Length::Projection, Refine::Metric),
     ] {
-        let options = PvqOptions { length: length, refine: refine, ..options() };
+        let options = PvqOptions { length, refine, ..options() };
         let (plain, swept) =
             (coded(&matrix, None, &options, 12), coded(&matrix, Some(&factor), &options, 12));
         let differ = |a: &[u8], b: &[u8]| a.iter().zip(b).filter(|(a, b)| a != b).count();
@@ -345,7 +345,8 @@ fn options_that_contradict_each_other_are_refused() {
         all.check().map_err(|e| e.to_string())
     };
     assert!(job(|_| {}).is_ok());
-    let cases: [(fn(&mut QuantizeOptions), &str); 8] = [
+    type Change = fn(&mut QuantizeOptions);
+    let cases: [(Change, &str); 8] = [
         (|o| o.format = Format::CompressedTensors, "strata"),
         (|o| (o.pvq.rate, o.pvq.pulses) = (Some(3.0), Some(27)), "not both"),
         (|o| o.pvq.rate = Some(-1.0), "positive"),

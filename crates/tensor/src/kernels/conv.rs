@@ -11,9 +11,9 @@ use std::arch::x86_64::__m512;
 use rayon::prelude::*;
 
 use super::simd::{add_into, scratch};
+use super::vector::LANES;
 #[cfg(target_arch = "x86_64")]
 use super::vector::Pair;
-use super::vector::{LANES, Lanes};
 use crate::ops::Conv2d;
 
 mod tiles;

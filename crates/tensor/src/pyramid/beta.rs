@@ -37,7 +37,7 @@ pub fn ln_beta(a: f64, b: f64) -> f64 {
 /// The regularised incomplete beta function `I_x(a, b)` for `a, b > 0`: the distribution function of
 /// the Beta law. Values of x outside [0, 1] count as 0 or 1.
 pub fn incomplete(x: f64, a: f64, b: f64) -> f64 {
-    if !(x > 0.0) {
+    if x.is_nan() || x <= 0.0 {
         return 0.0;
     }
     if x >= 1.0 {
@@ -84,7 +84,7 @@ pub fn density(x: f64, a: f64, b: f64) -> f64 {
 
 /// The x with `I_x(a, b) = p`: Newton's method inside a bracket that bisection keeps.
 pub fn inverse(p: f64, a: f64, b: f64) -> f64 {
-    if !(p > 0.0) {
+    if p.is_nan() || p <= 0.0 {
         return 0.0;
     }
     if p >= 1.0 {
