@@ -47,10 +47,10 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prune(strata, model, tmp_path_factory):
-    def run(method, *extra):
+    def run(method, *extra, share=SHARE):
         out = tmp_path_factory.mktemp("pruned") / "model"
         strata(
-            "prune", model, "--method", method, "--sparsity", SHARE,
+            "prune", model, "--method", method, "--sparsity", share,
             "--calibration", model / "calibration.json", "--samples", 16,
             "--sequence-length", 64, "--no-evaluate", "--out", out, *extra,
         )
@@ -102,10 +102,10 @@ def test_wanda_is_weight_times_input_norm(prune, model):
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-def test_sparsegpt_is_its_equations_in_double_precision(strata, prune, model, pattern):
+def test_sparsegpt_is_its_equations_in_double_precision(prune, model, pattern):
     share = SHARE if pattern == "unstructured" else 0.5
-    extra = () if pattern == "unstructured" else ("--pattern", pattern, "--sparsity", share)
-    before, after = weights(model), weights(prune("sparsegpt", *extra))
+    before = weights(model)
+    after = weights(prune("sparsegpt", "--pattern", pattern, share=share))
     x = inputs_of_the_first_block(model)
     hessian = 2 / len(x) * x.T @ x
     hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))

@@ -77,4 +77,19 @@ mod tests {
     fn the_surface_is_consistent() {
         super::command().debug_assert();
     }
+
+    /// Flattened option structs whose fields have the same name would answer for each other; clap
+    /// itself looks for that in debug builds only.
+    #[test]
+    fn no_two_arguments_of_a_verb_share_an_id() {
+        let mut command = super::command();
+        command.build();
+        for verb in command.get_subcommands() {
+            let mut seen = std::collections::BTreeSet::new();
+            for argument in verb.get_arguments() {
+                let id = argument.get_id().to_string();
+                assert!(seen.insert(id), "{}: {}", verb.get_name(), argument.get_id());
+            }
+        }
+    }
 }

@@ -197,14 +197,14 @@ impl DialectName {
 #[serde(default)]
 pub struct DomainOptions {
     /// Text of the domain, one document per sample: .txt, .jsonl (key `text`), .json
-    #[arg(long = "domain", value_name = "FILE")]
+    #[arg(id = "domain_file", long = "domain", value_name = "FILE")]
     pub file: Option<PathBuf>,
     /// A dialect of the almanac as the domain
-    #[arg(long, value_enum, conflicts_with = "file")]
+    #[arg(long, value_enum, conflicts_with = "domain_file")]
     pub dialect: Option<DialectName>,
     /// Held-out text of the domain for the measurement; without it every tenth document of --domain
     /// is held out
-    #[arg(long, value_name = "FILE", requires = "file")]
+    #[arg(long, value_name = "FILE", requires = "domain_file")]
     pub domain_test: Option<PathBuf>,
 }
 
