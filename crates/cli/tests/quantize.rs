@@ -573,5 +573,7 @@ fn a_recipe_gives_some_layers_another_grid() {
     std::fs::write(&recipe, yaml.replace("'*.down_proj', bits", "'*.down_proj', bit")).unwrap();
     room.refused(&job, &["`bit`", "did you mean `bits`?"]);
     std::fs::write(&recipe, yaml.replace("bits: 3", "bits: 3\n    format: gptq-v2")).unwrap();
+    room.refused(&job, &["GPTQ holds 2, 3, 4 or 8 bits, not 5", "compressed-tensors"]);
+    std::fs::write(&recipe, yaml.replace("bits: 3", "bits: 4\n    format: awq")).unwrap();
     room.refused(&job, &["overrides", "--format compressed-tensors"]);
 }

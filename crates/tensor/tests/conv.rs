@@ -1,4 +1,6 @@
 //! Operations of image networks against burn's own, forward and backward, and by hand.
+// Helpers of tests are tests too.
+#![allow(clippy::unwrap_used)]
 use strata_tensor::ops::{self, BatchNorm, Conv2d, Moments, composed};
 use strata_tensor::{Device, Rng, Tensor, device, host};
 
@@ -88,10 +90,10 @@ fn convolution_agrees_with_burn() {
         let x = random(1, [spec.images * spec.height * spec.width, spec.channels], &cpu);
         let w = random(2, [spec.filters, spec.channels * spec.kernel[0] * spec.kernel[1]], &cpu);
         let bias = random(3, [spec.filters], &cpu);
-        let own = gradients(&[x.clone(), w.clone()], &[bias.clone()], |m, v| {
+        let own = gradients(&[x.clone(), w.clone()], std::slice::from_ref(&bias), |m, v| {
             ops::conv2d(m[0].clone(), m[1].clone(), Some(v[0].clone()), spec)
         });
-        let burn = gradients(&[x.clone(), w.clone()], &[bias.clone()], |m, v| {
+        let burn = gradients(&[x.clone(), w.clone()], std::slice::from_ref(&bias), |m, v| {
             composed::conv2d(m[0].clone(), m[1].clone(), Some(v[0].clone()), spec)
         });
         for (what, (own, burn)) in ["y", "dx", "dw", "dbias"].iter().zip(own.iter().zip(&burn)) {
@@ -201,9 +203,12 @@ fn a_norm_in_the_weights_changes_nothing() {
 fn shortcuts_and_pooling() {
     let cpu = device("cpu").unwrap();
     let x = random(1, [2 * 5 * 4, 3], &cpu);
-    let own = gradients(&[x.clone()], &[], |m, _| ops::subsample(m[0].clone(), [2, 5, 4], 2, 1, 6));
-    let burn =
-        gradients(&[x.clone()], &[], |m, _| composed::subsample(m[0].clone(), [2, 5, 4], 2, 1, 6));
+    let own = gradients(std::slice::from_ref(&x), &[], |m, _| {
+        ops::subsample(m[0].clone(), [2, 5, 4], 2, 1, 6)
+    });
+    let burn = gradients(std::slice::from_ref(&x), &[], |m, _| {
+        composed::subsample(m[0].clone(), [2, 5, 4], 2, 1, 6)
+    });
     assert_eq!(own, burn);
     // Pixel (4, 2) of image 1 is row 11 of the result: 0, its three channels, 0, 0.
     let values = host::into_vec(x.clone());
@@ -212,7 +217,7 @@ fn shortcuts_and_pooling() {
         own[0][11 * 6..][..6],
         [0.0, values[from], values[from + 1], values[from + 2], 0., 0.]
     );
-    let own = gradients(&[x.clone()], &[], |m, _| ops::mean_pool(m[0].clone(), 20));
+    let own = gradients(std::slice::from_ref(&x), &[], |m, _| ops::mean_pool(m[0].clone(), 20));
     let burn = gradients(&[x], &[], |m, _| composed::mean_pool(m[0].clone(), 20));
     for (own, burn) in own.iter().zip(&burn) {
         close(own, burn, 1e-6, "pooling");

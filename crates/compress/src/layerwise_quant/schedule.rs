@@ -644,7 +644,11 @@ impl Counted {
             && let Ok(code) = options.pvq.layer(name, grid.bits, options.grid.bits)
         {
             let weights = (name.out_features() * name.in_features()) as f64;
-            return code.stored_bits_per_weight() * weights;
+            // Rows of indices are padded on disk only.
+            return match self {
+                Self::Bytes => code.stored_bits_per_weight() * weights / 8.0,
+                _ => code.bits_per_weight() * weights,
+            };
         }
         match (self, options.format.layout()) {
             (Self::Codes, _) => {

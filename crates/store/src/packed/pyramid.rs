@@ -425,7 +425,7 @@ mod tests {
             tail: (width % 16 == 12).then_some(PyramidTail {
                 dimension: 12,
                 pulses: 20,
-                index_bits: 36,
+                index_bits: 35,
             }),
             amp_bits: 4,
             amp_mode: AmpMode::BetaLloyd,
