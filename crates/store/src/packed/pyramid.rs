@@ -440,7 +440,7 @@ mod tests {
         let (index_row, amp_row) =
             (row_bytes(code.row_index_bits()), row_bytes(code.row_amp_bits()));
         // Small bytes keep every index in range.
-        let bytes = |n: usize| (0..n).map(|i| (i % 23) as u8).collect::<Vec<u8>>();
+        let bytes = |n: usize| (0..n).map(|i| (i % 3) as u8).collect::<Vec<u8>>();
         let mut m = PyramidMatrix {
             index: bytes(out * index_row),
             amplitude: bytes(out * amp_row),
