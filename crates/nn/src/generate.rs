@@ -111,6 +111,12 @@ pub fn generate(
 /// # Errors
 /// As [`crate::Decoder::hidden`].
 pub fn advance(model: &Model, tokens: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
+    // A token is hundreds of short parallel steps. Entered from outside the thread pool, each of them
+    // would put the calling thread to sleep and wake it again.
+    rayon::scope(|_| run(model, tokens, cache))
+}
+
+fn run(model: &Model, tokens: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
     let (decoder, weights) = (&model.decoder, model.weights.as_ref());
     let mut taps = Taps::none();
     let mut ctx = Context::cached(cache, tokens.len());

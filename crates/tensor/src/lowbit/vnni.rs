@@ -210,7 +210,10 @@ unsafe fn kernel<const BITS: u8, const R: usize, const PARTS: usize>(
     let mut correction = [[0f32; 2]; R];
     // SAFETY: by the contract above.
     unsafe {
-        let mut one = |b: usize, chain: usize| {
+        // A macro, because a closure of this size is called, and its sums go through memory.
+        macro_rules! one {
+            ($b:expr, $chain:literal) => {{
+                let b = $b;
             let place = place.add(b * block_bytes(BITS));
             // Rows are short and lie one after the other; the hardware starts afresh at every page.
             // A hint may point behind the matrix.
@@ -234,18 +237,19 @@ unsafe fn kernel<const BITS: u8, const R: usize, const PARTS: usize>(
                     let low = _mm512_dpbusd_epi32(low, odd, load(3));
                     let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(high), low);
                     let factor = _mm512_set1_ps(scale * *scales.add(at));
-                    let acc = &mut acc[r][chain];
+                    let acc = &mut acc[r][$chain];
                     *acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor, *acc);
-                    correction[r][chain] += scale * zero * *totals.add(at * PARTS + part);
+                    correction[r][$chain] += scale * zero * *totals.add(at * PARTS + part);
                 }
             }
-        };
+        }};
+        }
         for b in (0..blocks / 2 * 2).step_by(2) {
-            one(b, 0);
-            one(b + 1, 1);
+            one!(b, 0);
+            one!(b + 1, 1);
         }
         if blocks % 2 == 1 {
-            one(blocks - 1, 0);
+            one!(blocks - 1, 0);
         }
     }
     for ((sum, acc), correction) in sums.iter_mut().zip(acc).zip(correction) {
