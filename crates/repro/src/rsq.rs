@@ -90,6 +90,9 @@ impl Arm {
 
 const ATTENTION: Importance = Importance::Attention;
 
+/// Tokens of a long window.
+const LONG: usize = 256;
+
 /// Arms of every condition.
 const ARMS: [Arm; 7] = [
     Arm::Rtn,
@@ -241,7 +244,7 @@ fn almanac(subject: &Subject) -> bool {
 }
 
 /// Where importance could differ from what short windows show: facts that are recalled after
-/// quantising to 2 bits, and windows four times as long.
+/// quantising to 2 bits, and windows as long as the model was trained on, twice the usual.
 fn facts_and_windows(settings: &Settings, subject: &Subject) -> Result<Table> {
     let arms = [Arm::RotatedGptq, Arm::Rsq(ATTENTION, 0.01), Arm::Rsq(ATTENTION, 0.1)];
     let model = Model::open(&subject.path)?;
@@ -249,7 +252,7 @@ fn facts_and_windows(settings: &Settings, subject: &Subject) -> Result<Table> {
     let columns = vec![
         Column::left("weights of tokens"),
         Column::right("2 bits row: held-out facts"),
-        Column::right("3 bits row, windows of 512: perplexity"),
+        Column::right("3 bits row, windows of 256: perplexity"),
     ];
     let mut table = Table::new("Facts and long windows, almanac-3m", columns);
     let progress = report::Progress::new("facts and long windows", 18, "runs");
@@ -262,14 +265,14 @@ fn facts_and_windows(settings: &Settings, subject: &Subject) -> Result<Table> {
             let scores = eval::facts(&quantised, &subject.tokenizer, world.facts())?;
             known.push(scores.heldout.accuracy());
             progress.inc(1);
-            // As many tokens in a quarter of the windows.
-            let count = text.windows() / 4;
+            // As many tokens in half of the windows.
+            let count = text.windows() / 2;
             let (source, tokenizer) = (&subject.calibration, &subject.tokenizer);
-            let windows = text::calibration_random(source, tokenizer, count, 512, seed)?;
+            let windows = text::calibration_random(source, tokenizer, count, LONG, seed)?;
             let text = Calibration::new(windows.tokens, windows.length)?;
             let path = job(settings, &model, &arm.options((3, 0), seed), &text, "long")?;
             let tokens = &subject.evaluation;
-            let measured = eval::perplexity(&Model::open(&path)?, tokens, 512, 512)?;
+            let measured = eval::perplexity(&Model::open(&path)?, tokens, LONG, LONG)?;
             long.push(measured.perplexity);
             progress.inc(1);
         }
