@@ -110,6 +110,8 @@ def measure(model, work):
 def effective_bits(directory):
     """Mean bits per weight of the compressed layers, side information included."""
     layers = json.loads((directory / "strata.json").read_text()).get("layers") or []
+    # Layer-adaptive pruning records layers of any network: no width, no matrix.
+    layers = [layer for layer in layers if "bits_per_weight" in layer]
     size = [layer["shape"][0] * layer["shape"][1] for layer in layers]
     bits = sum(layer["bits_per_weight"] * n for layer, n in zip(layers, size))
     return bits / sum(size) if size else 16.0
